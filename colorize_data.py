@@ -1,0 +1,811 @@
+"""Photographs in and out: reading, Lab and gamut, the stored arrays, batches, picture sheets.
+
+    python main.py data                      # build and inspect the arrays of data/input
+    python main.py data --source photos.zip  # import an archive first
+
+Units: L is 0..100, ab are CIE units, Lab is that of sRGB under D65 and the 2-degree observer.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import stat
+import sys
+import tarfile
+import time
+import warnings
+import zipfile
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from torchvision.transforms.v2 import functional as transforms
+
+VERSION = "1.0"
+ARRAY_FORMAT = 1   # of DATA/processed; a change rebuilds the arrays
+SIDE = 256         # stored photographs are SIDE x SIDE
+MIN_SIDE = 64      # smaller photographs teach little
+MIN_CHROMA = 2.0   # mean chroma under this: a gray photograph teaches gray
+MAX_MEGAPIXELS = 300
+MAX_MEMBER = 300 << 20  # bytes of a photograph in an archive
+NOT_PHOTOGRAPHS = {"PDF", "EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "FITS"}
+
+
+class ColorizeError(Exception):
+    """A mistake that the user can mend; its text names the file or flag and the remedy."""
+
+
+class FlagError(ColorizeError):
+    """A flag's value that makes no sense, or flags that contradict each other."""
+
+
+def say(text: str) -> None:
+    """Progress and remarks go to standard error, results to standard output."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def progress(items, total: int, label: str):
+    """Pass items through; redraw one line on a terminal, print one every 10 seconds elsewhere."""
+    terminal, last, start = sys.stderr.isatty(), time.monotonic(), time.monotonic()
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - last >= (0.2 if terminal else 10) or (done == total and last > start):
+            last = now
+            line = f"{label}: {done}/{total} ({done / max(now - start, 1e-9):.1f}/s)"
+            print(f"\r{line}\x1b[K" if terminal else line, end="" if terminal else "\n",
+                  file=sys.stderr, flush=True)
+    if terminal and last > start:
+        print(file=sys.stderr)
+
+
+def ordered_map(function, items, workers: int, window: int = 64):
+    """Like map, in threads, in order, with at most `window` results waiting to be taken."""
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
+        waiting = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) >= window:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def choose_device(device: str) -> torch.device:
+    """auto: cuda, else mps, else cpu; ColorizeError where the one asked for is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        device = next(name for name in there if there[name])
+    if not there[device]:
+        raise ColorizeError(f"--device {device}: PyTorch finds none here; use --device cpu, "
+                            "or install PyTorch for it")
+    if device == "cuda":
+        index = int(os.environ.get("LOCAL_RANK", 0))
+        torch.cuda.set_device(index)
+        return torch.device("cuda", index)
+    return torch.device(device)
+
+
+# ---------------------------------------------------------------------------------- colour
+
+# sRGB primaries (IEC 61966-2-1) to XYZ, and the D65 white, as scikit-image has them
+RGB_TO_XYZ = np.array([[0.412453, 0.357580, 0.180423],
+                       [0.212671, 0.715160, 0.072169],
+                       [0.019334, 0.119193, 0.950227]], np.float32)
+WHITE = np.array([0.95047, 1.0, 1.08883], np.float32)
+XYZ_TO_RGB = np.linalg.inv(RGB_TO_XYZ.astype(np.float64)).astype(np.float32)
+
+
+def srgb_to_linear(rgb: np.ndarray) -> np.ndarray:
+    """sRGB (uint8, uint16, or float in 0..1) to linear light in 0..1, float32."""
+    rgb = np.asarray(rgb)
+    if rgb.dtype in (np.uint8, np.uint16):  # a table: there are few values
+        top = np.iinfo(rgb.dtype).max
+        return srgb_to_linear(np.arange(top + 1, dtype=np.float64) / top)[rgb]
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((np.maximum(rgb, 0) + 0.055) / 1.055) ** 2.4)
+    return linear.astype(np.float32)
+
+
+def linear_to_srgb(linear: np.ndarray) -> np.ndarray:
+    """Linear light to sRGB, both float32 in 0..1, clipped."""
+    linear = np.clip(linear, 0, 1)
+    return np.where(linear <= 0.0031308, linear * 12.92,
+                    1.055 * linear ** np.float32(1 / 2.4) - np.float32(0.055))
+
+
+def _lab_curve(t: np.ndarray) -> np.ndarray:
+    return np.where(t > 0.008856, np.cbrt(t), 7.787 * t + np.float32(16 / 116))
+
+
+def rgb_to_lab(rgb: np.ndarray) -> np.ndarray:
+    """sRGB (..., 3), uint8, uint16 or float in 0..1, to CIE Lab (..., 3) float32 (CIE 15:2004)."""
+    f = _lab_curve(srgb_to_linear(rgb) @ RGB_TO_XYZ.T / WHITE)
+    x, y, z = f[..., 0], f[..., 1], f[..., 2]
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1).astype(np.float32)
+
+
+def gray_to_L(gray: np.ndarray) -> np.ndarray:
+    """L of gray sRGB values (uint8, uint16, or float in 0..1), any shape, float32 in 0..100."""
+    if gray.dtype in (np.uint8, np.uint16):
+        top = np.iinfo(gray.dtype).max
+        return gray_to_L(np.arange(top + 1, dtype=np.float64) / top)[gray]
+    return (116 * _lab_curve(srgb_to_linear(gray)) - 16).astype(np.float32)
+
+
+def lab_to_linear(L: np.ndarray, ab: np.ndarray) -> np.ndarray:
+    """L (...) and ab (..., 2) to linear sRGB (..., 3), not clipped: outside 0..1 is out of gamut."""
+    y = (L + 16) / np.float32(116)
+    f = np.stack([y + ab[..., 0] / 500, y, np.maximum(y - ab[..., 1] / 200, 0)], axis=-1)
+    xyz = np.where(f > 0.2068966, f ** 3, (f - np.float32(16 / 116)) / np.float32(7.787)) * WHITE
+    return xyz.astype(np.float32) @ XYZ_TO_RGB.T
+
+
+def lab_to_rgb(lab: np.ndarray) -> np.ndarray:
+    """CIE Lab (..., 3) to sRGB (..., 3), float32 in 0..1, clipped."""
+    return linear_to_srgb(lab_to_linear(lab[..., 0], lab[..., 1:]))
+
+
+def in_gamut(L: np.ndarray, ab: np.ndarray) -> np.ndarray:
+    """Whether L (...) and ab (..., 2) is an sRGB colour, to 1e-4 in linear light (white is one)."""
+    linear = lab_to_linear(L, ab)
+    return ((linear >= -1e-4) & (linear <= 1 + 1e-4)).all(axis=-1)
+
+
+def into_gamut(L: np.ndarray, ab: np.ndarray) -> np.ndarray:
+    """Lower the chroma of colours outside sRGB, at fixed L and hue, by bisection.
+
+    L is (...), ab (..., 2); returns ab (..., 2). Clipping RGB instead would change the lightness.
+    """
+    outside = ~in_gamut(L, ab)
+    if not outside.any():
+        return ab
+    L_out, ab_out = L[outside], ab[outside]
+    low, high = np.zeros_like(L_out), np.ones_like(L_out)
+    for _ in range(12):  # 2^-12 of a chroma of 110 is 0.03 units
+        middle = (low + high) / 2
+        good = in_gamut(L_out, ab_out * middle[:, None])
+        low, high = np.where(good, middle, low), np.where(good, high, middle)
+    result = ab.copy()
+    result[outside] = ab_out * low[:, None]
+    return result
+
+
+def encode_lab(lab: np.ndarray) -> np.ndarray:
+    """CIE Lab (..., 3) to the stored uint8: round(L*255/100), round(a)+128, round(b)+128."""
+    stored = lab * np.array([2.55, 1, 1], np.float32) + np.array([0, 128, 128], np.float32)
+    return np.clip(np.rint(stored), 0, 255).astype(np.uint8)
+
+
+def decode_lab(stored):
+    """Stored uint8 Lab, array (..., 3) or tensor (N, 3, H, W), to float32 L 0..100 and ab."""
+    if isinstance(stored, torch.Tensor):
+        stored = stored.float()
+        return torch.cat([stored[:, :1] / 2.55, stored[:, 1:] - 128], dim=1)
+    return (stored - np.array([0, 128, 128], np.float32)) / np.array([2.55, 1, 1], np.float32)
+
+
+# ------------------------------------------------------------------------ photographs in and out
+
+class Photo(NamedTuple):
+    """One photograph (or page), upright and in sRGB."""
+    image: Image.Image          # mode L, RGB or I;16 (16-bit gray)
+    alpha: Image.Image | None   # mode L
+    info: dict                  # "exif" (Exif object), "dpi", "text": what is written back
+    pages: int                  # of the file
+    note: str                   # what a user should know of the reading, or ""
+
+
+def find_photos(folder: Path) -> list[Path]:
+    """Every photograph below a folder, sorted; hidden and other files are passed over.
+
+    Links are followed, each real folder once, so that a loop of links ends.
+    """
+    Image.init()
+    extensions = {extension for extension, kind in Image.registered_extensions().items()
+                  if kind in Image.OPEN and kind not in NOT_PHOTOGRAPHS}
+    found, seen = [], set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(root, name) for name in names
+                  if not name.startswith(".") and Path(name).suffix.lower() in extensions]
+    return sorted(found)
+
+
+def open_photo(path: Path, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:
+    """Open a photograph with Pillow, not yet decoded; ColorizeError for what is none."""
+    Image.MAX_IMAGE_PIXELS = None  # raised on purpose: max_megapixels is checked below
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ColorizeError(f"{path}: not a file; name a photograph or a folder of them")
+        image = Image.open(path)
+    except FileNotFoundError:
+        raise ColorizeError(f"{path}: no such file; check the path") from None
+    except PermissionError:
+        raise ColorizeError(f"{path}: permission denied; check who may read it") from None
+    except ColorizeError:
+        raise
+    except Exception as error:  # Pillow's readers raise many kinds on hostile files
+        raise ColorizeError(f"{path}: not a photograph that Pillow can read "
+                            f"({type(error).__name__}); export it as PNG or JPEG") from None
+    if image.width * image.height > max_megapixels * 1e6:
+        raise ColorizeError(f"{path}: {image.width * image.height / 1e6:.0f} megapixels are over "
+                            f"the limit of {max_megapixels:g}; raise --max_megapixels")
+    return image
+
+
+def read_photo(path: Path, page: int = 0, at_least: int | None = None,
+               max_megapixels: float = MAX_MEGAPIXELS) -> Photo:
+    """Read one photograph (or page of it): upright, sRGB, 16-bit gray kept, alpha set aside.
+
+    `at_least`: a JPEG may be decoded smaller, its sides no less than this. Raises ColorizeError.
+    """
+    image = open_photo(path, max_megapixels)
+    try:
+        with warnings.catch_warnings():  # damaged metadata: the pixels matter
+            warnings.simplefilter("ignore")
+            pages = getattr(image, "n_frames", 1) if image.format in ("TIFF", "MPO") else 1
+            if page:
+                image.seek(page)
+            if at_least:
+                image.draft(None, (at_least, at_least))
+            bits = image.tag_v2.get(258, (8,)) if image.format == "TIFF" else (8,)
+            if image.format == "PNG" and image.tile and "16" in str(image.tile[0][3]):
+                bits = (16,)
+            image.load()
+            info = {"exif": image.getexif(), "dpi": image.info.get("dpi"),
+                    "text": dict(getattr(image, "text", None) or {})}
+            profile = image.info.get("icc_profile")
+            upright = ImageOps.exif_transpose(image)
+            info["exif"].pop(ExifTags.Base.Orientation, None)
+            pixels, alpha = split_alpha(upright)
+            pixels, note = to_srgb(pixels, profile)
+    except (MemoryError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        raise ColorizeError(f"{path}: damaged or incomplete ({type(error).__name__}: "
+                            f"{str(error)[:80]}); repair or export it again") from None
+    if pixels.mode == "RGB" and max(bits) > 8:
+        note = "16-bit colour was read as 8-bit"
+    return Photo(pixels, alpha, info, 1 if image.format == "MPO" else pages, note)
+
+
+def split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """The image without alpha, palettes resolved, and its alpha (mode L) or None."""
+    if image.mode in ("P", "PA"):
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    elif image.mode in ("L", "RGB", "1") and "transparency" in image.info:
+        image = image.convert("RGBA" if image.mode == "RGB" else "LA")
+    if image.mode in ("LA", "La", "RGBA", "RGBa", "RGBX"):
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode))
+        alpha = image.getchannel("A") if "A" in image.getbands() else None
+        return image.convert("L" if image.mode == "LA" else "RGB"), alpha
+    return image, None
+
+
+def to_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, str]:
+    """The image as mode L, RGB or I;16 in sRGB, its ICC profile applied; and a note or ""."""
+    mode = image.mode
+    if mode.startswith("I;16") or mode in ("I", "F"):
+        image = to_16_bit(image)
+    elif mode == "LAB":
+        lab = ImageCms.createProfile("LAB")
+        return ImageCms.profileToProfile(image, lab, srgb(), outputMode="RGB"), ""
+    elif mode not in ("L", "RGB", "CMYK"):
+        image = image.convert("L" if mode == "1" else "RGB")
+    if profile:
+        try:
+            source = ImageCms.ImageCmsProfile(BytesIO(profile))
+            if image.mode in ("L", "I;16"):  # a curve: find it from a ramp of all 256 grays
+                ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
+                ramp = ImageCms.profileToProfile(ramp, source, srgb(), outputMode="RGB")
+                return apply_curve(image, np.asarray(ramp)[0, :, 1]), ""
+            return ImageCms.profileToProfile(image, source, srgb(), outputMode="RGB"), ""
+        except (ImageCms.PyCMSError, OSError, ValueError):
+            return (image.convert("RGB") if image.mode == "CMYK" else image,
+                    "its colour profile is damaged or does not fit and was not used")
+    return image.convert("RGB") if image.mode == "CMYK" else image, ""
+
+
+def to_16_bit(image: Image.Image) -> Image.Image:
+    """Modes I;16*, I and F to I;16. I beyond 16 bits and F are scaled from their own range."""
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        values = np.nan_to_num(values.astype(np.float32), posinf=0, neginf=0)
+        low, high = values.min(), values.max()
+        values = (values - low) * (65535 / max(high - low, 1e-12))
+    return Image.fromarray(np.ascontiguousarray(values.astype(np.uint16)))
+
+
+def apply_curve(image: Image.Image, curve: np.ndarray) -> Image.Image:
+    """Map gray values (mode L or I;16) through a curve given at 256 grays."""
+    if image.mode == "L":
+        return image.point(curve.tolist())
+    table = np.interp(np.arange(65536) / 257, np.arange(256), curve.astype(float) * 257)
+    return Image.fromarray(np.rint(table).astype(np.uint16)[np.asarray(image)])
+
+
+def srgb() -> ImageCms.ImageCmsProfile:
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+
+
+def free_name(path: Path) -> Path:
+    """A hidden name beside a file, for writing it before it gets its own name."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+def write_whole(path: Path, write) -> None:
+    """Call write(temporary path) and rename; on any failure nothing is left. OSErrors get a line."""
+    temporary = free_name(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or error
+        raise ColorizeError(f"{path}: cannot be written ({reason}); "
+                            "free some space or name another place") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_photo(path: Path, pages: list, photo: Photo, description: str = "") -> None:
+    """Write colour pages, the format by the extension, metadata and alpha carried over.
+
+    pages: Pillow RGB or RGBA images, or one uint16 array (H, W, 3) for a 16-bit TIFF.
+    """
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind is None or kind not in Image.SAVE:
+        raise ColorizeError(f"{path}: '{path.suffix}' is no picture format that can be written; "
+                            "use .png, .jpg, .tif or .webp")
+    exif = photo.info["exif"]
+    exif[ExifTags.Base.Software] = f"colorize {VERSION}"
+    exif[ExifTags.Base.ImageDescription] = "; ".join(
+        filter(None, [str(exif.get(ExifTags.Base.ImageDescription, "")), description]))
+    options = {"exif": exif, "icc_profile": srgb().tobytes()}
+    if photo.info["dpi"]:
+        options["dpi"] = photo.info["dpi"]
+    if kind == "JPEG":
+        options |= {"quality": 95, "subsampling": 0}
+    if kind == "WEBP":
+        options |= {"lossless": True}
+    if kind == "PNG":
+        options["pnginfo"] = text = PngImagePlugin.PngInfo()
+        for key, value in (photo.info["text"] | {"Software": f"colorize {VERSION}",
+                                                 "Description": description}).items():
+            text.add_itxt(key, str(value))
+    if kind == "TIFF" and len(pages) > 1:
+        options |= {"save_all": True, "append_images": pages[1:]}
+
+    def write(temporary):
+        if isinstance(pages[0], np.ndarray):
+            from skimage import io
+            resolution = tuple(float(x) for x in photo.info["dpi"] or (72, 72))
+            io.imsave(str(temporary), pages[0], plugin="tifffile", check_contrast=False,
+                      photometric="rgb", resolution=resolution, resolutionunit="INCH",
+                      software=f"colorize {VERSION}", description=description.encode("ascii", "replace"),
+                      iccprofile=options["icc_profile"], metadata=None)
+            return
+        first = pages[0]
+        if first.mode == "RGBA" and kind in ("JPEG", "BMP", "PPM"):
+            first = first.convert("RGB")  # these have no alpha
+        try:
+            first.save(temporary, format=kind, **options)
+        except (ValueError, TypeError, KeyError, SystemError) as error:  # metadata it cannot carry
+            if first.mode not in ("RGB", "RGBA"):
+                raise
+            say(f"{path.name}: written without its old metadata ({error})")
+            first.save(temporary, format=kind)
+    write_whole(path, write)
+
+
+# ------------------------------------------------------------------------------- the arrays
+
+def prepare(data: Path, val_fraction: float = 0.1, workers: int | None = None) -> dict:
+    """Build DATA/processed from DATA/train and DATA/val, or reuse it; {"train": manifest, "val": ...}.
+
+    Without photographs in val, a `val_fraction` of train is set aside by a hash of the content.
+    """
+    data = Path(data)
+    sources = {split: find_photos(data / split) for split in ("train", "val")}
+    if not sources["train"]:
+        raise ColorizeError(f"no photograph below {data / 'train'}; put some there, or name another "
+                            "folder that holds train/ (and val/) with --data")
+    listing = [[split, path.relative_to(data).as_posix(), path.stat().st_size, path.stat().st_mtime_ns]
+               for split in sources for path in sources[split]]
+    split_by_hash = not sources["val"]
+    key = [ARRAY_FORMAT, SIDE, val_fraction if split_by_hash else None, listing]
+    fingerprint = hashlib.sha256(json.dumps(key).encode()).hexdigest()
+    processed = data / "processed"
+    manifests = {split: read_manifest(processed / f"{split}.json", fingerprint) for split in sources}
+    if all(manifests.values()):
+        return manifests
+    if (processed / "train.json").exists():
+        say(f"{processed}: the photographs have changed; building the arrays again")
+    need, free = len(listing) * SIDE * SIDE * 3, free_space(data)
+    if need > free:
+        raise ColorizeError(f"{processed}: the arrays need {need / 1e9:.1f} GB and {free / 1e9:.1f} GB "
+                            "are free; make room, or put --data on another disk")
+    if split_by_hash:
+        apart = {path for path in sources["train"] if in_validation(path, val_fraction)}
+        sources = {"train": [p for p in sources["train"] if p not in apart], "val": sorted(apart)}
+        say(f"no photographs in {data / 'val'}: {len(apart)} of {data / 'train'} are set aside "
+            "for validation, by a hash of their content")
+    for split in ("train", "val"):
+        manifests[split] = build_array(data, split, sources[split], fingerprint, workers)
+    if not manifests["train"]["photographs"]:
+        reasons = Counter(manifests["train"]["left_out"].values())
+        raise ColorizeError(f"no usable colour photograph below {data / 'train'}: "
+                            + ", ".join(f"{count} {reason}" for reason, count in reasons.items()))
+    return manifests
+
+
+def free_space(folder: Path) -> int:
+    """Bytes free on the disk of a folder."""
+    return shutil.disk_usage(folder).free
+
+
+def content_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def in_validation(path: Path, fraction: float) -> bool:
+    """Whether a photograph belongs to validation: by its content, so that others never move it."""
+    return int(content_hash(path)[:8], 16) < fraction * 16 ** 8
+
+
+def read_manifest(path: Path, fingerprint: str) -> dict | None:
+    """A finished split's manifest if it is of these photographs, else None."""
+    try:
+        manifest = json.loads(path.read_text())
+        array = np.load(path.with_suffix(".npy"), mmap_mode="r")
+    except (OSError, ValueError):
+        return None
+    good = manifest.get("fingerprint") == fingerprint and len(array) == len(manifest["photographs"])
+    return manifest if good else None
+
+
+def lab_square(path: Path) -> tuple[np.ndarray | None, str]:
+    """One photograph as stored Lab uint8 (SIDE, SIDE, 3), or None and the reason it is left out."""
+    try:
+        image = read_photo(path, at_least=2 * SIDE).image
+    except ColorizeError:
+        return None, "unreadable"
+    if min(image.size) < MIN_SIDE:
+        return None, f"under {MIN_SIDE} pixels"
+    if image.mode != "RGB":
+        return None, "without colour"
+    square = ImageOps.fit(image, (SIDE, SIDE), Image.Resampling.LANCZOS)
+    lab = rgb_to_lab(np.asarray(square))
+    if np.hypot(lab[..., 1], lab[..., 2]).mean() < MIN_CHROMA:
+        return None, "without colour"
+    return encode_lab(lab), ""
+
+
+def build_array(data: Path, split: str, paths: list[Path], fingerprint: str,
+                workers: int | None = None) -> dict:
+    """Write processed/SPLIT.npy and then its manifest; returns the manifest.
+
+    The rows are streamed to the file behind a header that is filled in at the end, so that memory
+    does not grow with the number of photographs.
+    """
+    processed = data / "processed"
+    photographs, left_out = [], {}
+
+    def header(file, rows):
+        description = {"descr": "|u1", "fortran_order": False, "shape": (rows, SIDE, SIDE, 3)}
+        np.lib.format.write_array_header_1_0(file, description)  # padded: its length stays
+
+    def write(temporary):
+        with open(temporary, "wb") as file:
+            header(file, 0)
+            squares = ordered_map(lab_square, paths, workers or os.cpu_count() or 1)
+            for path, (lab, reason) in zip(paths, progress(squares, len(paths), f"{split} arrays")):
+                name = path.relative_to(data)
+                if lab is None:
+                    left_out[name.as_posix()] = reason
+                    continue
+                file.write(lab.tobytes())
+                # the class is the first folder under the split, be it train/ or one set apart
+                label = name.parts[1] if len(name.parts) > 2 else None
+                photographs.append([name.as_posix(), path.stat().st_size, path.stat().st_mtime_ns, label])
+            file.seek(0)
+            header(file, len(photographs))
+
+    (processed / f"{split}.json").unlink(missing_ok=True)  # the old one no longer holds
+    write_whole(processed / f"{split}.npy", write)
+    for reason, count in Counter(left_out.values()).items():
+        names = [name for name, why in left_out.items() if why == reason]
+        say(f"{split}: {count} left out, {reason}: {', '.join(names[:3])}" + ", ..." * (count > 3))
+    manifest = {"format": ARRAY_FORMAT, "fingerprint": fingerprint, "photographs": photographs,
+                "left_out": left_out}
+    write_whole(processed / f"{split}.json", lambda name: name.write_text(json.dumps(manifest)))
+    return manifest
+
+
+def class_names(manifest: dict) -> list[str]:
+    """The scene classes of the photographs used, sorted; empty where there are not at least two."""
+    names = sorted({label for *_, label in manifest["photographs"] if label})
+    return names if len(names) > 1 else []
+
+
+class ColorizeData(torch.utils.data.Dataset):
+    """Batches of stored Lab, gathered from a memory-mapped array.
+
+    Sample n is number n of an endless stream: epoch n // len, position n % len, shuffled and
+    augmented (flip, random resized crop, film) where `train`, and every draw a function of
+    (seed, n) alone. Yields Lab uint8 (N, 3, size, size) and class numbers (N,), -1 for none.
+    """
+
+    def __init__(self, array: Path, labels=None, size: int = SIDE, train: bool = False,
+                 crop: bool = True, film: bool = False, seed: int = 0, limit: int | None = None):
+        self.path, self.size, self.train = str(array), size, train
+        self.crop, self.film, self.seed = crop, film, seed
+        count = len(np.load(self.path, mmap_mode="r"))
+        self.chosen = np.arange(count)
+        if limit and limit < count:  # a fair sample, whatever the order of the files
+            self.chosen = np.sort(np.random.default_rng(0).permutation(count)[:limit])
+        self.labels = np.full(count, -1) if labels is None else np.asarray(labels)
+        self._array, self._order = None, (None, None)
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getstate__(self):  # a pickled memory map would carry its whole array
+        return self.__dict__ | {"_array": None}
+
+    def row(self, n: int) -> int:
+        """The row of the array that sample n is made from."""
+        epoch, position = divmod(n, len(self))
+        if not self.train:
+            return self.chosen[position]
+        if self._order[0] != epoch:
+            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self))
+        return self.chosen[self._order[1][position]]
+
+    def sample(self, n: int) -> tuple[torch.Tensor, int]:
+        if self._array is None:
+            self._array = np.load(self.path, mmap_mode="r")
+        row = self.row(n)
+        lab = torch.from_numpy(np.array(self._array[row])).permute(2, 0, 1)
+        if self.train:
+            random = np.random.default_rng([self.seed, n, 1])
+            lab = self.augment(lab, random)
+        elif self.size != SIDE:
+            lab = transforms.resize(lab, [self.size, self.size], antialias=True)
+        return lab, int(self.labels[row])
+
+    def augment(self, lab: torch.Tensor, random: np.random.Generator) -> torch.Tensor:
+        """A random flip, a random resized crop (35 to 100 % of the area), on half of them film."""
+        area, ratio, x, y, flip = random.uniform(size=5)
+        side = SIDE * np.sqrt(0.35 + 0.65 * area) if self.crop else SIDE
+        stretch = np.exp((ratio - 0.5) * np.log(4 / 3)) if self.crop else 1.0
+        height, width = (min(SIDE, int(round(s))) for s in (side / stretch, side * stretch))
+        top, left = int(y * (SIDE - height + 1)), int(x * (SIDE - width + 1))
+        lab = transforms.resized_crop(lab, top, left, height, width, [self.size, self.size],
+                                      antialias=True)
+        if flip < 0.5:
+            lab = lab.flip(-1)
+        return film_lightness(lab, random) if self.film and random.uniform() < 0.5 else lab
+
+    def __getitem__(self, n: int):
+        return self.sample(n)
+
+    def __getitems__(self, numbers):
+        labs, labels = zip(*(self.sample(n) for n in numbers))
+        return torch.stack(labs), torch.tensor(labels)
+
+
+def as_is(batch):
+    """DataLoader's collate_fn: __getitems__ has already made the batch."""
+    return batch
+
+
+def film_lightness(lab: torch.Tensor, random: np.random.Generator) -> torch.Tensor:
+    """Replace L of stored Lab (3, H, W) by what a film of random colour sensitivity and grain saw.
+
+    Old emulsions were blind to red (orthochromatic) or shot through a filter: L is then a mixture
+    of R, G and B other than that of the eye. ab, the target, stays.
+    """
+    mixture = random.dirichlet([2.0, 2.0, 2.0])
+    rgb = lab_to_rgb(decode_lab(lab.permute(1, 2, 0).numpy()))
+    L = gray_to_L((rgb @ mixture).astype(np.float32))
+    L = L + random.normal(0, random.uniform(0, 2), L.shape)  # grain, in units of L
+    stored = torch.from_numpy(np.clip(np.rint(L * 2.55), 0, 255).astype(np.uint8))
+    return torch.cat([stored[None], lab[1:]])
+
+
+# -------------------------------------------------------------------------- importing a set
+
+def members_of(source: Path):
+    """(name, size, function that reads it) of every photograph in a zip, tar or folder.
+
+    ColorizeError for an archive whose paths leave the folder, or that holds links.
+    """
+    if source.is_dir():
+        for path in find_photos(source):
+            yield path.relative_to(source).as_posix(), path.stat().st_size, path.read_bytes
+    elif zipfile.is_zipfile(source):
+        with zipfile.ZipFile(source) as archive:
+            for info in archive.infolist():
+                check_member(source, info.filename, stat.S_ISLNK(info.external_attr >> 16))
+                if not info.is_dir():
+                    yield info.filename, info.file_size, lambda info=info: archive.read(info)
+    elif tarfile.is_tarfile(source):
+        with tarfile.open(source) as archive:
+            for info in archive:
+                check_member(source, info.name, info.issym() or info.islnk())
+                if info.isfile():
+                    yield info.name, info.size, lambda info=info: archive.extractfile(info).read()
+    else:
+        raise ColorizeError(f"--source {source}: neither a zip, a tar nor a folder; check the path")
+
+
+def check_member(source: Path, name: str, is_link: bool) -> None:
+    if is_link or name.startswith(("/", "\\")) or ":" in name or ".." in Path(name.replace("\\", "/")).parts:
+        raise ColorizeError(f"--source {source}: '{name}' leads out of the folder; nothing more of "
+                            "this archive is taken; unpack it yourself if you trust it")
+
+
+def import_photos(source: Path, data: Path, val_fraction: float) -> None:
+    """Copy the photographs of a zip, tar or folder into DATA/train and DATA/val, class folders kept.
+
+    A set that comes with train and val folders stays split so; else the split is by a hash of each
+    content. Files that are no photographs by extension, and those already there, are passed over.
+    """
+    if not source.exists():
+        raise ColorizeError(f"--source {source}: no such file or folder; check the path")
+    Image.init()
+    counts = Counter()
+    try:
+        names = [name for name, _, _ in members_of(source) if is_photo_name(name)]
+        top = Path(os.path.commonpath([Path(name).parent for name in names])) if names else Path()
+        for name, size, read in progress(members_of(source), len(names), f"import {source.name}"):
+            if not is_photo_name(name):
+                continue
+            if size > MAX_MEMBER or size > free_space(data.parent if not data.exists() else data):
+                raise ColorizeError(f"--source {source}: '{name}' has {size / 1e6:.0f} MB, over the limit "
+                                    f"of {MAX_MEMBER >> 20} MB for a photograph or the space that is free")
+            content = read()
+            path = Path(name).relative_to(top)
+            known = {"train": "train", "val": "val", "valid": "val", "validation": "val"}
+            if len(path.parts) > 1 and path.parts[0] in known:
+                split, path = known[path.parts[0]], Path(*path.parts[1:])
+            else:
+                number = int(hashlib.sha256(content).hexdigest()[:8], 16)
+                split = "val" if number < val_fraction * 16 ** 8 else "train"
+            target = data / split / path
+            counts["already there" if target.exists() else split] += 1
+            if not target.exists():
+                write_whole(target, lambda temporary: temporary.write_bytes(content))
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, RuntimeError, OSError) as error:
+        raise ColorizeError(f"--source {source}: damaged or not readable ({error}); get it again") from None
+    say(f"imported {source}: " + (", ".join(f"{n} {what}" for what, n in counts.items()) or "no photograph"))
+
+
+def is_photo_name(name: str) -> bool:
+    path = Path(name)
+    hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
+    return not hidden and Image.registered_extensions().get(path.suffix.lower(), "PDF") not in NOT_PHOTOGRAPHS
+
+
+# ----------------------------------------------------------------------------- picture sheets
+
+def caption_font(size: int = 12):
+    return ImageFont.load_default(size)
+
+
+def picture_sheet(tiles: list, columns: int, captions: list[str] | None = None,
+                  side: int = 256) -> Image.Image:
+    """Pictures (Pillow, or uint8 arrays) in a grid, each fitted into side x side, captions below."""
+    line = 16 if captions else 0
+    rows = -(-len(tiles) // columns)
+    sheet = Image.new("RGB", (columns * (side + 4) + 4, rows * (side + 4 + line) + 4), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, tile in enumerate(tiles):
+        if not isinstance(tile, Image.Image):
+            tile = Image.fromarray(tile)
+        tile = ImageOps.contain(tile.convert("RGB"), (side, side), Image.Resampling.LANCZOS)
+        x, y = 4 + i % columns * (side + 4), 4 + i // columns * (side + 4 + line)
+        sheet.paste(tile, (x + (side - tile.width) // 2, y + (side - tile.height) // 2))
+        if captions and captions[i]:
+            draw.text((x + side // 2, y + side + 1), captions[i], "black", caption_font(), "ma")
+    return sheet
+
+
+def to_8_bit(rgb: np.ndarray) -> np.ndarray:
+    """sRGB float 0..1 to uint8."""
+    return np.rint(np.clip(rgb, 0, 1) * 255).astype(np.uint8)
+
+
+def ab_histogram(counts: np.ndarray) -> Image.Image:
+    """Counts (256, 256) of stored a and b as a picture: a to the right, b up, brighter is more."""
+    share = np.log1p(counts) / np.log1p(max(counts.max(), 1))
+    b, a = np.meshgrid(np.arange(127, -129, -1.0), np.arange(-128, 128.0), indexing="ij")
+    ab = np.stack([a, b], axis=-1).astype(np.float32)
+    L = (share.T[::-1] * 75).astype(np.float32)
+    return Image.fromarray(to_8_bit(linear_to_srgb(lab_to_linear(L, into_gamut(L, ab)))))
+
+
+# -------------------------------------------------------------------------------- the command
+
+def data(*, data: Path = Path("data/input"), source: Path | None = None, val_fraction: float = 0.1,
+         workers: int | None = None) -> None:
+    """Import photographs, build the arrays that train reads, and say what is in them.
+
+    data: folder that holds train/ and val/; the arrays are written to its processed/
+    source: a zip, a tar or a folder to import first
+    val_fraction: share set aside for validation, by a hash of the content
+    workers: threads that read photographs; else one for each core
+    """
+    if not 0 < val_fraction < 1:
+        raise FlagError(f"--val_fraction {val_fraction}: must be between 0 and 1")
+    if source is not None:
+        import_photos(Path(source), Path(data), val_fraction)
+    check_overlap(data)
+    manifests = prepare(data, val_fraction, workers)
+    processed = Path(data, "processed")
+    for split, manifest in manifests.items():
+        print(f"{split}: {len(manifest['photographs'])} photographs used")
+        for reason, count in Counter(manifest["left_out"].values()).items():
+            names = [name for name, why in manifest["left_out"].items() if why == reason]
+            print(f"  {count} left out, {reason}: {', '.join(names[:3])}" + ", ..." * (count > 3))
+    counts = Counter(label for *_, label in manifests["train"]["photographs"])
+    if class_names(manifests["train"]):
+        print("classes: " + ", ".join(f"{name or '(none)'} {n}" for name, n in sorted(
+            counts.items(), key=lambda item: str(item[0]))))
+    else:
+        print("classes: none (no class folders)")
+    stored = np.load(processed / "train.npy", mmap_mode="r")
+    histogram, near_gray = np.zeros(65536), 0
+    for row in stored:
+        ab = row[::4, ::4, 1:].reshape(-1, 2).astype(np.int64)
+        histogram += np.bincount(ab[:, 0] * 256 + ab[:, 1], minlength=65536)
+        near_gray += np.hypot(*(ab.T - 128.0)).mean() < 2.5 * MIN_CHROMA
+    histogram = histogram.reshape(256, 256)
+    axis, total = np.arange(-128, 128), histogram.sum()
+    for name, marginal in (("a", histogram.sum(1)), ("b", histogram.sum(0))):
+        mean = (marginal * axis).sum() / total
+        print(f"{name}*: mean {mean:.1f}, spread {np.sqrt((marginal * (axis - mean) ** 2).sum() / total):.1f}")
+    print(f"near gray (mean chroma under {2.5 * MIN_CHROMA:g}): {near_gray / len(stored):.1%}")
+    write_preview(processed / "preview.png", ColorizeData(processed / "train.npy", train=True), histogram)
+    print(f"{processed / 'preview.png'}: samples as the network sees them (L, ab at L 60, colour) and the "
+          "histogram of ab")
+
+
+def check_overlap(data: Path) -> None:
+    """ColorizeError if a photograph is in both train and val (equal content)."""
+    sizes, splits = {}, {split: find_photos(Path(data) / split) for split in ("train", "val")}
+    for path in splits["val"]:
+        sizes.setdefault(path.stat().st_size, []).append(path)
+    for path in splits["train"]:
+        for other in sizes.get(path.stat().st_size, []):
+            if content_hash(path) == content_hash(other):
+                raise ColorizeError(f"{path} and {other} are the same photograph, in train and in val; "
+                                    "delete one, or scores will flatter")
+
+
+def write_preview(path: Path, dataset: ColorizeData, histogram: np.ndarray) -> None:
+    """Eight samples as L | ab at L 60 | colour, and the histogram of ab."""
+    stored, _ = dataset.__getitems__(range(min(8, len(dataset))))
+    tiles = []
+    for lab in decode_lab(stored.permute(0, 2, 3, 1).numpy()):
+        gray, flat = lab.copy(), lab.copy()
+        gray[..., 1:], flat[..., 0] = 0, 60
+        flat[..., 1:] = into_gamut(flat[..., 0], flat[..., 1:])
+        tiles += [to_8_bit(lab_to_rgb(version)) for version in (gray, flat, lab)]
+    sheet = picture_sheet(tiles + [ab_histogram(histogram)], 6,
+                          ["L", "ab at L 60", "colour"] * (len(tiles) // 3) + ["histogram of ab"], 192)
+    write_whole(path, lambda name: sheet.save(name, "PNG"))

@@ -1,0 +1,686 @@
+"""Colour for gray photographs: colorize() and its controls; one photograph, a folder, a URL.
+
+    python main.py inference --image x.png --model checkpoints/best_model.tar
+    python main.py inference --image archive/ --output coloured/ --mood warm
+    python main.py inference --image x.png --hints "120,80,#c03020" --compare
+    python main.py inference --image x.png --sheet      # every mood, to choose from
+
+L of the photograph is kept to rounding; the network only adds ab.
+"""
+
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from itertools import groupby
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageColor
+
+from basic_model import PRETRAINED, ColorNet, checkpoint_hash, load_checkpoint, upsample
+from colorize_data import (MAX_MEGAPIXELS, MIN_CHROMA, VERSION, ColorizeError, FlagError, Photo,
+                           choose_device, find_photos, gray_to_L, in_gamut, into_gamut, lab_to_linear,
+                           linear_to_srgb, ordered_map, picture_sheet, read_photo, rgb_to_lab, say,
+                           write_photo, write_whole)
+
+SIZE = 256                # short side at which the network works, by default
+STRIP = 1 << 20           # pixels of a strip: what is in memory at full resolution at a time
+BATCH = 8                 # photographs of equal shape that the network sees at once
+MAX_DOWNLOAD = 200 << 20  # bytes
+GUIDE_EPSILON = 1e-3      # of the guided filter, for L in 0..1
+HINT_SIGMA, HINT_MU = 0.04, 1e-5  # of the hints' spreading: L difference in 0..1; pull to zero
+
+
+class Mood(NamedTuple):
+    """A shift of the mean ab, and values for --saturation and --vividness."""
+    shift: tuple[float, float]
+    saturation: float = 1.0
+    vividness: float = 1.0
+
+
+MOODS = {
+    "warm": Mood((4, 10), 1.05),
+    "cool": Mood((-3, -10), 0.95),
+    "golden": Mood((6, 18), 1.15),
+    "moonlight": Mood((0, -16), 0.55),
+    "vintage": Mood((5, 9), 0.7),
+    "muted": Mood((0, 0), 0.6),
+    "vivid": Mood((0, 0), 1.3, 1.5),
+    "sepia": Mood((5, 16), 0.15),
+}
+
+
+class Controls(NamedTuple):
+    """What is wanted of the colours, in plain numbers; the neutral ones change no bit."""
+    saturation: float = 1.0
+    vividness: float = 1.0
+    shift: tuple[float, float] | None = None   # of the mean ab
+    target: tuple[float, float] | None = None  # the mean ab itself
+    spread: float | None = None                # rms of ab about its mean, of a reference
+    strength: float = 1.0
+    hints: tuple = ()                          # (x, y, a, b) each
+
+
+class Result(NamedTuple):
+    image: Image.Image | np.ndarray  # RGB, or uint16 (H, W, 3)
+    wanted: np.ndarray | None        # mean ab asked for
+    mean_ab: np.ndarray              # mean ab of `image`
+
+
+# -------------------------------------------------------------------------------- controls
+
+def hex_to_ab(text: str, flag: str) -> tuple[float, float]:
+    """ab of "#rrggbb"."""
+    try:
+        red, green, blue = ImageColor.getrgb(text.strip())[:3]
+    except ValueError:
+        raise FlagError(f"{flag}: '{text.strip()}' is no colour; write #rrggbb") from None
+    return tuple(rgb_to_lab(np.array([red, green, blue], np.uint8))[1:].tolist())
+
+
+def read_mean_color(text: str) -> tuple[float, float]:
+    """--mean_color: "#rrggbb" or "a,b"."""
+    if "," not in text:
+        return hex_to_ab(text, "--mean_color")
+    try:
+        a, b = (float(part) for part in text.split(","))
+    except ValueError:
+        raise FlagError(f"--mean_color '{text}': write #rrggbb, or a,b in CIE units") from None
+    if max(abs(a), abs(b)) > 128:
+        raise FlagError(f"--mean_color {text}: a and b are within -128..128")
+    return a, b
+
+
+def read_hints(text: str) -> tuple:
+    """--hints "x,y,#rrggbb; ..." as (x, y, a, b) each."""
+    hints = []
+    for part in filter(str.strip, text.split(";")):
+        try:
+            x, y, color = part.split(",", 2)
+            x, y = int(x), int(y)
+        except ValueError:
+            raise FlagError(f"--hints '{part.strip()}': write x,y,#rrggbb; x,y,#rrggbb") from None
+        hints.append((x, y, *hex_to_ab(color, "--hints")))
+    return tuple(hints)
+
+
+def read_controls(mood: str | None = None, mean_color: str | None = None,
+                  reference: str | Path | None = None, strength: float = 1.0,
+                  saturation: float | None = None, vividness: float | None = None,
+                  hints: str | None = None) -> Controls:
+    """The colour flags as Controls; FlagError for contradictions and values out of range."""
+    flags = {"mood": mood, "mean_color": mean_color, "reference": reference}
+    given = [f"--{name}" for name, value in flags.items() if value is not None]
+    if len(given) > 1:
+        raise FlagError(f"{' and '.join(given)} contradict each other: give one")
+    for name, value, low, high in (("strength", strength, 0, 1), ("saturation", saturation, 0, 4),
+                                   ("vividness", vividness, 0.1, 10)):
+        if value is not None and not low <= value <= high:
+            raise FlagError(f"--{name} {value:g}: must be {low:g}..{high:g}")
+    if mood is not None and mood not in MOODS:
+        raise FlagError(f"--mood {mood}: choose one of {', '.join(MOODS)}")
+    bundle = MOODS[mood] if mood else Mood((0, 0))
+    controls = Controls(  # explicit flags override a mood's own, which strength scales
+        1 + strength * (bundle.saturation - 1) if saturation is None else saturation,
+        bundle.vividness ** strength if vividness is None else vividness,
+        strength=strength, hints=read_hints(hints or ""))
+    if bundle.shift != (0, 0) and strength:
+        return controls._replace(shift=bundle.shift)
+    if mean_color is not None and strength:
+        return controls._replace(target=read_mean_color(mean_color))
+    if reference is not None and strength:
+        small = read_photo(Path(reference)).image.convert("RGB")
+        small.thumbnail((256, 256))
+        ab = rgb_to_lab(np.asarray(small))[..., 1:].reshape(-1, 2)
+        return controls._replace(target=tuple(ab.mean(axis=0).tolist()), spread=spread_of(ab))
+    return controls
+
+
+def spread_of(ab: np.ndarray) -> float:
+    """Root mean square distance of ab (..., 2) from its mean."""
+    ab = ab.reshape(-1, 2)
+    return float(np.sqrt(((ab - ab.mean(axis=0)) ** 2).sum(axis=1).mean()))
+
+
+def tilt(probability: np.ndarray, colors: np.ndarray, target: np.ndarray,
+         start: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Move the mean colour of distributions by the smallest change in relative entropy.
+
+    probability (P, Q), colors (Q, 2), target (2,): p'(q) ~ p(q) exp(lambda . c_q) with one lambda for
+    all P, by Newton with step control on the convex mean log-partition less lambda . target, whose
+    gradient is (mean - target) and whose Hessian is the mean covariance. Returns p' and lambda. Out
+    of reach: the nearest that was found.
+    """
+    probability = probability.astype(np.float64)
+    colors, products = colors.astype(np.float64), np.einsum("qi,qj->qij", colors, colors).reshape(-1, 4)
+    vector = np.zeros(2) if start is None else start
+
+    def tilted(vector):
+        exponent = colors @ vector
+        weighted = probability * np.exp(exponent - exponent.max())
+        total = np.maximum(weighted.sum(axis=1, keepdims=True), 1e-300)
+        value = float(np.log(total).mean() + exponent.max() - vector @ target)
+        return weighted / total, value
+    current, value = tilted(vector)
+    for _ in range(50):
+        means = current @ colors
+        gradient = means.mean(axis=0) - target
+        if np.linalg.norm(gradient) < 0.02:
+            break
+        covariance = (current @ products).mean(axis=0).reshape(2, 2) - means.T @ means / len(means)
+        step = np.linalg.solve(covariance + 1e-4 * np.eye(2), gradient)
+        step *= min(1.0, 0.2 / np.linalg.norm(step))  # exp(0.2 * 110) is already the whole range
+        for _ in range(20):
+            trial, trial_value = tilted(vector - step)
+            if trial_value < value - 1e-4 * (step @ gradient):
+                break
+            step = step / 2
+        else:
+            break
+        vector, current, value = vector - step, trial, trial_value
+    return current, vector
+
+
+def move_mean(prediction: np.ndarray, L: np.ndarray, colors: np.ndarray | None,
+              decode, target: np.ndarray) -> np.ndarray:
+    """ab (h, w, 2) whose mean, once in gamut, is the target or as near as can be.
+
+    A bins prediction is tilted, an ab prediction shifted, fading to nothing at black and white.
+    Gamut takes some of the mean away: up to 5 rounds add what is missing to what is asked for.
+    """
+    asked, vector, best = np.array(target, np.float64), None, (np.inf, None)
+    plain = decode(prediction)
+    fade = np.clip(4 * (L / 100) * (1 - L / 100), 0, 1)[..., None]
+    for _ in range(6):
+        if colors is None:
+            ab = plain + fade * ((asked - plain.mean(axis=(0, 1))) / max(fade.mean(), 1e-3)).astype(np.float32)
+        else:
+            flat = prediction.reshape(len(prediction), -1).T
+            moved, vector = tilt(flat, colors, asked, vector)
+            ab = decode(moved.T.reshape(prediction.shape).astype(np.float32))
+        missing = target - into_gamut(L, ab).mean(axis=(0, 1))
+        if np.linalg.norm(missing) < best[0]:
+            best = np.linalg.norm(missing), ab
+        if np.linalg.norm(missing) < 0.1:
+            break
+        asked = asked + missing
+    return best[1]
+
+
+def spread_hints(L: np.ndarray, ab: np.ndarray, hints: list) -> np.ndarray:
+    """Spread hints (x, y, a, b), pixels of L (h, w), over what is like them around; returns ab.
+
+    Minimizes sum w_rs (d_r - d_s)^2 + mu sum d^2 over neighbours r, s for d, the difference from the
+    prediction ab (h, w, 2), fixed on a 5-pixel disc at each hint; w = exp(-(L_r - L_s)^2 / 2 sigma^2).
+    After Levin, Lischinski and Weiss 2004, in a form that conjugate gradients solve in time.
+    """
+    height, width = L.shape
+    y, x = np.mgrid[:height, :width]
+    fixed, d = np.zeros((height, width), bool), np.zeros((height, width, 2))
+    for hx, hy, a, b in hints:
+        disc = (x - hx) ** 2 + (y - hy) ** 2 <= 2.5 ** 2
+        fixed |= disc
+        d[disc] = np.array([a, b]) - ab[disc]
+    weight = [np.maximum(np.exp(-np.diff(L / 100, axis=axis) ** 2 / (2 * HINT_SIGMA ** 2)), 1e-6)[..., None]
+              for axis in (0, 1)]
+
+    def gradient(d):
+        result = HINT_MU * d
+        down, right = weight[0] * np.diff(d, axis=0), weight[1] * np.diff(d, axis=1)
+        result[:-1] -= down
+        result[1:] += down
+        result[:, :-1] -= right
+        result[:, 1:] += right
+        return np.where(fixed[..., None], 0, result)
+    residual = -gradient(d)
+    direction, power = residual.copy(), (residual ** 2).sum(axis=(0, 1))
+    first = power.max()
+    for _ in range(1000):  # conjugate gradients, a and b side by side
+        if power.max() <= 1e-6 * first:
+            break
+        product = gradient(direction)
+        rate = power / np.maximum((direction * product).sum(axis=(0, 1)), 1e-30)
+        d += rate * direction
+        residual -= rate * product
+        power, last = (residual ** 2).sum(axis=(0, 1)), power
+        direction = residual + power / np.maximum(last, 1e-30) * direction
+    return (ab + d).astype(np.float32)
+
+
+# ------------------------------------------------------------------- L, network, full resolution
+
+def lightness(image: Image.Image) -> np.ndarray:
+    """L (H, W) of a Pillow image of mode L, RGB or I;16."""
+    pixels = np.asarray(image)
+    return gray_to_L(pixels) if pixels.ndim == 2 else rgb_to_lab(pixels)[..., 0]
+
+
+def working_copy(image: Image.Image, size: int) -> Image.Image:
+    """The photograph reduced to a short side of `size`, the long one at most 4 times that.
+
+    Never enlarged. Sides are multiples of 4 where they are long enough, as the bins head likes it.
+    """
+    if image.mode == "I;16":  # 8 bit will do for the network; L is taken from the original
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    scale = min(1.0, size / min(image.size), 4 * size / max(image.size))
+    sides = [max(round(side * scale), 1) for side in image.size]
+    if scale < 1:
+        sides = [max(round(side / 4) * 4, 1) if side >= 32 else side for side in sides]
+    return image.resize(sides, Image.Resampling.LANCZOS, reducing_gap=3.0)
+
+
+@torch.inference_mode()
+def predict(model: ColorNet, L: np.ndarray, vividness: float = 1.0) -> np.ndarray:
+    """L (N, h, w) to probabilities (N, Q, h/4, w/4) of a bins head or ab (N, 2, h, w).
+
+    The mean of the predictions for the photograph and for its mirror image.
+    """
+    device = next(model.parameters()).device
+    gray = torch.from_numpy(np.ascontiguousarray(L))[:, None].to(device)
+    total = 0.0
+    for mirrored in (False, True):
+        output = model(gray.flip(-1) if mirrored else gray).float()
+        if model.arguments["head"] == "bins":
+            output = torch.softmax(output * (vividness / model.temperature), dim=1)
+        total = total + (output.flip(-1) if mirrored else output)
+    return (total / 2).cpu().numpy()
+
+
+def choose_colors(model: ColorNet, prediction: np.ndarray, L: np.ndarray,
+                  controls: Controls) -> tuple[np.ndarray, np.ndarray | None]:
+    """ab (h, w, 2) at working resolution, and the mean ab that is wanted, from one prediction.
+
+    The order: (vividness is in the prediction,) saturation, then reference, mean or mood.
+    """
+    colors = model.bins.cpu().numpy() if model.arguments["head"] == "bins" else None
+
+    def decode(values, factor):
+        if colors is None:
+            ab = torch.from_numpy(values)[None]
+        else:
+            ab = upsample(torch.einsum("qhw,qc->chw", torch.from_numpy(values),
+                                       torch.from_numpy(colors))[None], L.shape)
+        return (ab[0].permute(1, 2, 0) * factor).numpy()
+    factor = controls.saturation
+    plain = decode(prediction, factor)
+    if controls.shift is None and controls.target is None:
+        return plain, None
+    present = into_gamut(L, plain)
+    if controls.spread is not None:
+        ratio = np.clip(controls.spread / max(spread_of(present), 1e-3), 0.25, 4)
+        factor = factor * float(ratio) ** controls.strength
+    mean = present.mean(axis=(0, 1))
+    goal = mean + np.array(controls.shift) if controls.shift else np.array(controls.target)
+    wanted = mean + controls.strength * (goal - mean)
+    ab = move_mean(prediction, L, None if colors is None else colors * factor,
+                   lambda values: decode(values, factor), wanted)
+    return ab, wanted
+
+
+class Enlarger:
+    """Brings ab (h, w, 2) to the photograph's size, edge-aware, any rows at a time.
+
+    bicubic(ab) + a * (L - bicubic(L_small)), a the local regression of ab on L: the coefficient of
+    the guided filter (He and Sun 2015), radius 1.
+    """
+
+    def __init__(self, L_small: np.ndarray, ab: np.ndarray, width: int, height: int):
+        self.width, self.height, self.small_height = width, height, L_small.shape[0]
+        slope = guide_slope(L_small, ab)
+        self.planes = [Image.fromarray(np.ascontiguousarray(plane, np.float32)) for plane in
+                       (ab[..., 0], ab[..., 1], slope[..., 0], slope[..., 1], L_small)]
+
+    def rows(self, L: np.ndarray, top: int) -> np.ndarray:
+        """ab (rows, W, 2) for L (rows, W), the photograph's from row `top` on."""
+        scale = self.small_height / self.height
+        box = (0, top * scale, self.planes[0].width, (top + len(L)) * scale)
+        a, b, slope_a, slope_b, L_up = (
+            np.asarray(plane.resize((self.width, len(L)), Image.Resampling.BICUBIC, box=box))
+            for plane in self.planes)
+        detail = L - L_up
+        return np.stack([a + slope_a * detail, b + slope_b * detail], axis=-1)
+
+
+def box_mean(x: np.ndarray) -> np.ndarray:
+    """Mean over 3x3 neighbours of (h, w, ...), the border repeated."""
+    for axis in (0, 1):
+        padded = np.concatenate([x.take([0], axis), x, x.take([-1], axis)], axis)
+        n = x.shape[axis]
+        x = sum(padded.take(range(i, i + n), axis) for i in range(3)) / 3
+    return x
+
+
+def guide_slope(L: np.ndarray, ab: np.ndarray) -> np.ndarray:
+    """The guided filter's mean coefficient (h, w, 2), ab units for a unit of L; radius 1."""
+    guide = L[..., None].astype(np.float64) / 100
+    mean, ab_mean = box_mean(guide), box_mean(ab)
+    variance = box_mean(guide ** 2) - mean ** 2
+    covariance = box_mean(guide * ab) - mean * ab_mean
+    return (box_mean(covariance / (variance + GUIDE_EPSILON)) / 100).astype(np.float32)
+
+
+def finish(image: Image.Image, small: np.ndarray, ab: np.ndarray, hints: tuple = (),
+           deep: bool = False) -> Result:
+    """The photograph with ab (h, w, 2) at full resolution, in gamut, strip by strip.
+
+    small: L (h, w) at the resolution of ab. deep: uint16 (H, W, 3) rather than an RGB image.
+    """
+    width, height = image.size
+    enlarger = Enlarger(small, ab, width, height)
+    corrections = [hint_correction(image, enlarger, hint, width / small.shape[1]) for hint in hints]
+    rows = max(1, STRIP // width)
+    result = np.empty((height, width, 3), np.uint16) if deep else Image.new("RGB", image.size)
+
+    def strip(top):
+        L = lightness(image.crop((0, top, width, min(top + rows, height))))
+        colors = enlarger.rows(L, top)
+        for correct in corrections:
+            correct(L, colors, top)
+        colors = into_gamut(L, colors)
+        rgb = linear_to_srgb(lab_to_linear(L, colors))
+        pixels = np.rint(rgb * (65535 if deep else 255)).astype(np.uint16 if deep else np.uint8)
+        return top, pixels, colors.sum(axis=(0, 1), dtype=np.float64)
+    total = np.zeros(2)
+    for top, pixels, sums in ordered_map(strip, range(0, height, rows), 2, window=3):
+        total += sums
+        if deep:
+            result[top:top + len(pixels)] = pixels
+        else:
+            result.paste(Image.fromarray(pixels), (0, top))
+    return Result(result, None, total / (width * height))
+
+
+def hint_correction(image: Image.Image, enlarger: Enlarger, hint: tuple, scale: float):
+    """A function that gives the hint's own pixel exactly its colour, and what is like it around."""
+    x, y, *wanted = hint
+    L_hint = lightness(image.crop((0, y, image.width, y + 1)))
+    missing = np.array(wanted, np.float32) - enlarger.rows(L_hint, y)[0, x]
+    radius, L_hint = 2.5 * max(scale, 1.0), L_hint[0, x]
+
+    def correct(L, colors, top):
+        dy, dx = np.arange(top, top + len(L)) - y, np.arange(L.shape[1]) - x
+        near_y, near_x = np.abs(dy) <= 3 * radius, np.abs(dx) <= 3 * radius
+        if near_y.any():
+            window = np.ix_(near_y, near_x)
+            distance = (dy[near_y, None] ** 2 + dx[None, near_x] ** 2) / radius ** 2
+            unlike = (L[window] - L_hint) ** 2 / (2 * (100 * HINT_SIGMA) ** 2)
+            colors[window] += np.exp(-distance - unlike)[..., None].astype(np.float32) * missing
+    return correct
+
+
+def add_color(model: ColorNet, image: Image.Image, small: np.ndarray, prediction: np.ndarray,
+              controls: Controls, deep: bool = False) -> Result:
+    """From a prediction to the coloured photograph: controls, hints, full resolution, gamut."""
+    ab, wanted = choose_colors(model, prediction, small, controls)
+    if controls.hints:
+        for x, y, *_ in controls.hints:
+            if not (0 <= x < image.width and 0 <= y < image.height):
+                raise FlagError(f"--hints: {x},{y} is outside the photograph, which is "
+                                f"{image.width}x{image.height}; the origin is the top left")
+        height, width = small.shape
+        ab = spread_hints(small, ab, [(int(x * width / image.width), int(y * height / image.height), a, b)
+                                      for x, y, a, b in controls.hints])
+    return finish(image, small, ab, controls.hints, deep)._replace(wanted=wanted)
+
+
+def colorize(model: ColorNet, image: Image.Image | np.ndarray, size: int = SIZE,
+             mood: str | None = None, mean_color: str | None = None,
+             reference: str | Path | None = None, strength: float = 1.0,
+             saturation: float | None = None, vividness: float | None = None,
+             hints: str | None = None) -> Image.Image | np.ndarray:
+    """Colour one photograph: its L stays, ab comes from the network.
+
+    image: Pillow (mode L, RGB, I;16) or array uint8/uint16 (H, W) or uint8 (H, W, 3), sRGB. The
+    other parameters are inference's flags. Returns a Pillow RGB image of the same size, or for 16-bit
+    gray a uint16 array (H, W, 3). Raises FlagError for controls that make no sense.
+    """
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    controls = read_controls(mood, mean_color, reference, strength, saturation, vividness, hints)
+    check_vividness(model, vividness)
+    small = lightness(working_copy(image, size))
+    prediction = predict(model, small[None], controls.vividness)[0]
+    return add_color(model, image, small, prediction, controls, image.mode == "I;16").image
+
+
+def check_vividness(model: ColorNet, vividness: float | None) -> None:
+    if vividness not in (None, 1.0) and model.arguments["head"] != "bins":
+        raise FlagError("--vividness needs a checkpoint trained with --loss bins; use --saturation")
+
+
+# ------------------------------------------------------------------------------- the command
+
+def load_model(model: str | Path | None, device: str) -> tuple[ColorNet, Path, dict]:
+    """The checkpoint named, else checkpoints/best_model.tar, else the shipped one."""
+    path = Path(model) if model else next(
+        (p for p in (Path("checkpoints/best_model.tar"), PRETRAINED) if p.is_file()), PRETRAINED)
+    network, contents = load_checkpoint(path, choose_device(device))
+    return network, path, contents
+
+
+def download(url: str, folder: Path) -> Path:
+    """Fetch an http(s) URL into a folder, at most MAX_DOWNLOAD bytes; ColorizeError otherwise."""
+    name = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name or "photograph"
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            if not response.url.startswith(("http://", "https://")):
+                raise ColorizeError(f"{url}: leads to something else than http")
+            content = response.read(MAX_DOWNLOAD + 1)
+    except (OSError, ValueError, urllib.error.URLError) as error:
+        raise ColorizeError(f"{url}: cannot be fetched ({error}); download it yourself and name "
+                            "the file") from None
+    if len(content) > MAX_DOWNLOAD:
+        raise ColorizeError(f"{url}: over {MAX_DOWNLOAD >> 20} MB; download it yourself and name the file")
+    path = folder / name
+    path.write_bytes(content)
+    return path
+
+
+def plan_outputs(image: str, output: Path | None, folder: Path, ending: str) -> list[tuple[Path, Path]]:
+    """(input, output) of every photograph asked for. `folder`: where downloads go."""
+    output = Path("data/output") if output is None else output
+    if "://" in image:
+        if not image.startswith(("http://", "https://")):
+            raise ColorizeError(f"{image}: only http and https can be fetched; download it yourself")
+        source = download(image, folder)
+    else:
+        source = Path(image)
+    if not source.is_dir():
+        named = output.suffix.lower() in Image.registered_extensions() and not output.is_dir()
+        return [(source, output if named else output / f"{source.stem}{ending}")]
+    inside = output.resolve()
+    paths = [path for path in find_photos(source) if inside not in path.resolve().parents
+             or inside == source.resolve()]
+    if not paths:
+        raise ColorizeError(f"{source}: no photograph below it; name a photograph or another folder")
+    stems = [path.with_suffix("") for path in paths]
+    return [(path, output / path.relative_to(source).parent
+             / f"{path.stem if stems.count(stem) == 1 else path.name}{ending}")
+            for path, stem in zip(paths, stems)]
+
+
+class Job(NamedTuple):
+    """A page of a photograph, read and reduced, on its way through the network."""
+    source: Path
+    target: Path
+    photo: Photo
+    small: np.ndarray  # L at working resolution
+    start: float
+
+
+def inference(*, image: str = "data/input/val", model: str | None = None,
+              output: Path | None = None, size: int = 256,
+              device: Literal["auto", "cpu", "cuda", "mps"] = "auto", overwrite: bool = False,
+              mood: Literal["warm", "cool", "golden", "moonlight", "vintage", "muted", "vivid",
+                            "sepia"] | None = None,
+              mean_color: str | None = None, reference: str | None = None, strength: float = 1.0,
+              saturation: float | None = None, vividness: float | None = None,
+              hints: str | None = None, sheet: bool = False, compare: bool = False,
+              max_megapixels: float = 300.0) -> None:
+    """Colour a gray photograph, a folder of them, or one at an http address.
+
+    image: photograph, folder or URL
+    model: checkpoint; else checkpoints/best_model.tar, else the shipped one
+    output: file (its extension is the format) or folder; else data/output/NAME_color.png
+    size: short side at which the network works
+    device: where to compute
+    overwrite: in a folder, do again what is already there
+    mood: a bundle of mean colour, saturation and vividness
+    mean_color: average colour wanted: #rrggbb, or a,b in CIE units
+    reference: photograph whose mean colour and colour spread are wanted
+    strength: of mood, mean_color or reference, 0..1
+    saturation: factor on the colours; 1 leaves them
+    vividness: above 1 decides for likelier, stronger colours (bins checkpoints); 1 leaves them
+    hints: exact colours at pixels: x,y,#rrggbb; x,y,#rrggbb
+    sheet: one picture of every mood and three vividness values, with their flags
+    compare: write gray and colour side by side
+    max_megapixels: refuse larger photographs
+    """
+    if not 32 <= size <= 2048:
+        raise FlagError(f"--size {size}: must be 32..2048")
+    controls = read_controls(mood, mean_color, reference, strength, saturation, vividness, hints)
+    network, path, contents = load_model(model, device)
+    check_vividness(network, vividness)
+    say(f"loaded {path} ({contents['model']['encoder']}, {contents['model']['head']}) "
+        f"on {next(network.parameters()).device}")
+    with tempfile.TemporaryDirectory() as folder:
+        plan = plan_outputs(image, output, Path(folder), "_sheet.png" if sheet else "_color.png")
+        if hints and len(plan) > 1:
+            raise FlagError("--hints are for one photograph, not a folder")
+        left = [pair for pair in plan if overwrite or len(plan) == 1 and not Path(image).is_dir()
+                or not pair[1].exists()]
+        if sheet:
+            done, failed = run_sheets(network, left, size, max_megapixels), 0
+        else:
+            flags = {"mood": mood, "mean_color": mean_color, "reference": reference,
+                     "saturation": saturation, "vividness": vividness, "hints": hints}
+            description = f"Colours added by colorize {VERSION}, checkpoint {checkpoint_hash(path)}, " \
+                + ", ".join([f"size {size}"] + [f"{k} {v}" for k, v in flags.items() if v is not None])
+            done, failed = run_photos(network, left, size, controls, description, compare, max_megapixels)
+    skipped = f", {len(plan) - len(left)} already there" if len(left) < len(plan) else ""
+    print(f"{done} done{skipped}" + f", {failed} failed" * bool(failed))
+    if failed:
+        raise ColorizeError(f"{failed} of {len(plan)} photographs could not be coloured; see above")
+
+
+def run_sheets(model: ColorNet, plan: list, size: int, max_megapixels: float) -> int:
+    """Write a sheet of every mood and three vividness values for each photograph; returns how many."""
+    choices = [{}] + [{"mood": mood} for mood in MOODS]
+    if model.arguments["head"] == "bins":
+        choices += [{"vividness": v} for v in (0.5, 2.0, 4.0)]
+    for source, target in plan:
+        image = working_copy(read_photo(source, max_megapixels=max_megapixels).image, 256)
+        tiles = [colorize(model, image, size, **flags) for flags in choices]
+        captions = [" ".join(f"--{k} {v}" for k, v in flags.items()) or "no flag" for flags in choices]
+        picture = picture_sheet(tiles, 4, captions, 288)
+        write_whole(target, lambda name: picture.save(name, Image.registered_extensions()[target.suffix.lower()]))
+        print(f"{source} -> {target} ({picture.width}x{picture.height})")
+    return len(plan)
+
+
+def run_photos(model: ColorNet, plan: list, size: int, controls: Controls, description: str,
+               compare: bool, max_megapixels: float) -> tuple[int, int]:
+    """Read, predict in batches, write; reading and writing in threads. Returns done and failed."""
+    done = failed = 0
+
+    def read(pair):  # -> Jobs, one a page, or what went wrong
+        source, target = pair
+        try:
+            if target.exists() and target.resolve() == source.resolve():
+                raise ColorizeError(f"{target}: is the photograph itself; name another --output")
+            first = read_photo(source, max_megapixels=max_megapixels)
+            if first.pages > 1 and target.suffix.lower() not in (".tif", ".tiff"):
+                if not target.stem.endswith("_color"):
+                    raise ColorizeError(f"{source}: has {first.pages} pages; name a .tif as --output")
+                target = target.with_suffix(".tif")
+            photos = [first] + [read_photo(source, page, max_megapixels=max_megapixels)
+                                for page in range(1, first.pages)]
+            return [Job(source, target, photo, lightness(working_copy(photo.image, size)), time.monotonic())
+                    for photo in photos]
+        except ColorizeError as error:
+            return error
+
+    def write(jobs_and_predictions):
+        try:
+            return write_pages(model, jobs_and_predictions, controls, description, compare)
+        except ColorizeError as error:
+            return error
+
+    def predicted():
+        """(job, prediction) of every page in order; the network works on equal shapes together."""
+        waiting = []
+        for pages in ordered_map(read, plan, 2, window=BATCH):
+            if isinstance(pages, ColorizeError):
+                yield from flush(waiting)
+                yield pages, None
+                continue
+            for job in pages:
+                if waiting and (len(waiting) == BATCH or waiting[0].small.shape != job.small.shape):
+                    yield from flush(waiting)
+                waiting.append(job)
+        yield from flush(waiting)
+
+    def flush(waiting):
+        if waiting:
+            yield from zip(list(waiting), predict(model, np.stack([job.small for job in waiting]),
+                                                  controls.vividness))
+            waiting.clear()
+
+    def finished():
+        """The pages of one photograph together."""
+        for _, group in groupby(predicted(), key=lambda pair: getattr(pair[0], "source", pair[0])):
+            yield list(group)
+    for outcome in ordered_map(lambda pages: pages[0][0] if pages[0][1] is None else write(pages),
+                               finished(), 2, window=3):
+        if isinstance(outcome, ColorizeError):
+            if isinstance(outcome, FlagError) or len(plan) == 1:
+                raise outcome
+            say(f"error: {outcome}")
+            failed += 1
+        else:
+            print(outcome, flush=True)
+            done += 1
+    return done, failed
+
+
+def write_pages(model: ColorNet, pages: list, controls: Controls, description: str,
+                compare: bool) -> str:
+    """Colour and write the pages of one photograph; returns the line to print."""
+    first, pictures, remarks = pages[0][0], [], []
+    deep = first.photo.image.mode == "I;16" and len(pages) == 1 and not compare \
+        and first.target.suffix.lower() in (".tif", ".tiff")
+    for job, prediction in pages:
+        image = job.photo.image
+        result = add_color(model, image, job.small, prediction, controls, deep)
+        remarks += [job.photo.note] * bool(job.photo.note)
+        if image.mode == "RGB" and mean_chroma(image) > MIN_CHROMA:
+            remarks.append("has colour already: only its lightness was used")
+        if result.wanted is not None:
+            near = np.linalg.norm(result.wanted - result.mean_ab) <= 1 or controls.hints
+            remarks.append("mean ab {:.1f},{:.1f} asked, {:.1f},{:.1f} achieved".format(
+                *result.wanted, *result.mean_ab) + ("" if near else ": the target is out of reach, "
+                                                    "this is the nearest found"))
+        picture = result.image
+        if not deep and job.photo.alpha is not None:
+            picture.putalpha(job.photo.alpha)
+        if compare:
+            gray = Image.fromarray(np.rint(255 * linear_to_srgb(lab_to_linear(
+                lightness(image), np.zeros((*image.size[::-1], 2), np.float32)))).astype(np.uint8))
+            both = Image.new("RGB", (2 * image.width, image.height))
+            both.paste(gray, (0, 0))
+            both.paste(picture.convert("RGB"), (image.width, 0))
+            picture = both
+        pictures.append(picture)
+    write_photo(first.target, pictures, first.photo, description)
+    seconds = time.monotonic() - first.start
+    line = f"{first.source} -> {first.target} ({image.width}x{image.height}, {seconds:.1f} s)"
+    return "; ".join([line] + list(dict.fromkeys(remarks)))
+
+
+def mean_chroma(image: Image.Image) -> float:
+    """Mean chroma of an RGB photograph, from a small copy."""
+    small = image.resize((64, 64), Image.Resampling.BOX, reducing_gap=2.0)
+    return float(np.hypot(*np.moveaxis(rgb_to_lab(np.asarray(small))[..., 1:], -1, 0)).mean())

@@ -1,0 +1,699 @@
+"""Training: objectives, the loop, resuming, history and curves.
+
+    python main.py train                                       # data/input -> checkpoints/best_model.tar
+    python main.py train --data my_photos --epochs 50 --loss bins
+    python main.py train --resume auto                         # go on where it was cut
+    torchrun --nproc_per_node=4 main.py train --data my_photos # several devices
+"""
+
+import csv
+import math
+import os
+import signal
+import time
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image, ImageDraw
+from torch import distributed, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from basic_model import (AB_SCALE, ColorNet, Discriminator, color_bins, initialize, load_checkpoint,
+                         read_tensors, save_checkpoint)
+from colorize_data import (ColorizeData, ColorizeError, FlagError, as_is, caption_font, choose_device, class_names, decode_lab,
+                           lab_to_rgb, picture_sheet, prepare, progress, say, to_8_bit, write_whole)
+from evaluate import colorfulness, mean_ab_distance, psnr
+
+HUBER_DELTA = 11.0  # ab units: quadratic below, linear above
+NEIGHBOURS, SIGMA = 5, 5.0  # of the soft encoding (Zhang et al. 2016)
+BAD_STEPS = 10      # non-finite losses in a row that end a run
+COLLAPSE = 0.1      # a discriminator's mean loss under this has stopped to teach
+# these may differ between a run and its resumption; every other setting may not
+FREE_ON_RESUME = {"data", "out", "epochs", "resume", "init", "device", "workers", "save_minutes"}
+
+
+# -------------------------------------------------------------------------------- objectives
+
+REGRESSIONS = {  # of the error in ab/110; and the factor that brings the value back to ab units
+    "mse": (F.mse_loss, AB_SCALE ** 2),
+    "l1": (F.l1_loss, AB_SCALE),
+    "huber": (partial(F.huber_loss, delta=HUBER_DELTA / AB_SCALE), AB_SCALE ** 2),
+}
+
+
+def regression_loss(name: str, ab: torch.Tensor, true_ab: torch.Tensor,
+                    chroma_weight: float = 0.0) -> torch.Tensor:
+    """Mean loss of ab against true_ab (N, 2, H, W), CIE units in, computed on ab/110 in float32.
+
+    chroma_weight k: each pixel counts 1 + k*chroma/110 times.
+    """
+    loss = REGRESSIONS[name][0](ab.float() / AB_SCALE, true_ab / AB_SCALE, reduction="none")
+    if chroma_weight:
+        loss = loss * (1 + chroma_weight * true_ab.norm(dim=1, keepdim=True) / AB_SCALE)
+    return loss.mean()
+
+
+def soft_encode(ab: torch.Tensor, bins: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """ab (P, 2) to its 5 nearest bins (P, 5) and their Gaussian weights (P, 5), which sum to one.
+
+    sigma 5 ab units; the nearest bin comes first (Zhang et al. 2016, section 2.2).
+    """
+    distance, nearest = torch.cdist(ab, bins).topk(NEIGHBOURS, dim=1, largest=False)
+    return nearest, torch.softmax(-distance ** 2 / (2 * SIGMA ** 2), dim=1)
+
+
+def rarity_weights(prior: torch.Tensor, rebalance: float) -> torch.Tensor:
+    """Class weights 1/((1-r)*prior + r/Q), mean 1 under the prior (Zhang et al. 2016, eq. 4)."""
+    weights = 1 / ((1 - rebalance) * prior + rebalance / len(prior))
+    return weights / (prior * weights).sum()
+
+
+class BinsLoss(nn.Module):
+    """Cross-entropy of logits (N, Q, H/4, W/4) against soft-encoded ab (N, 2, H, W)."""
+
+    def __init__(self, bins: torch.Tensor, prior: torch.Tensor, rebalance: float):
+        super().__init__()
+        grid = torch.cartesian_prod(torch.arange(256.0), torch.arange(256.0)) - 128
+        nearest, weights = soft_encode(grid, bins)  # a table: stored ab are whole numbers
+        self.register_buffer("nearest", nearest)
+        self.register_buffer("weights", weights)
+        self.register_buffer("rarity", rarity_weights(prior, rebalance))
+
+    def forward(self, logits: torch.Tensor, ab: torch.Tensor) -> torch.Tensor:
+        ab = F.avg_pool2d(ab, 4, ceil_mode=True, count_include_pad=False).round().long() + 128
+        key = ab[:, 0] * 256 + ab[:, 1]
+        nearest, weights = (table[key].permute(0, 3, 1, 2) for table in (self.nearest, self.weights))
+        log_probability = torch.log_softmax(logits.float(), dim=1).gather(1, nearest)
+        return (-(weights * log_probability).sum(dim=1) * self.rarity[nearest[:, 0]]).mean()
+
+
+def scene_loss(scenes: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of the classes, photographs without one (-1) left out (Iizuka et al. 2016)."""
+    total = F.cross_entropy(scenes.float(), labels, ignore_index=-1, reduction="sum")
+    return total / (labels >= 0).sum().clamp(min=1)
+
+
+def color_statistics(array: Path, bins: torch.Tensor, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """The bins' prior (Q,), smoothed by the soft encoding, and the mean ab of each whole L (101, 2).
+
+    Counted over every 16th pixel of the given rows of a stored array.
+    """
+    stored = np.load(array, mmap_mode="r")
+    histogram, total, count = np.zeros(65536), np.zeros((101, 2)), np.zeros(101)
+    for row in rows:
+        L, a, b = stored[row, ::4, ::4].reshape(-1, 3).T.astype(np.int64)
+        L = (L * 100 + 127) // 255
+        histogram += np.bincount(a * 256 + b, minlength=65536)
+        count += np.bincount(L, minlength=101)
+        total += np.stack([np.bincount(L, c - 128.0, minlength=101) for c in (a, b)], axis=1)
+    grid = torch.cartesian_prod(torch.arange(256.0), torch.arange(256.0)) - 128
+    nearest, weights = soft_encode(grid, bins)
+    prior = torch.zeros(len(bins), dtype=torch.float64)
+    prior.index_add_(0, nearest.flatten(), (weights * torch.from_numpy(histogram)[:, None]).flatten().double())
+    mean_ab = total / np.maximum(count, 1)[:, None]
+    return (prior / prior.sum()).float(), torch.from_numpy(mean_ab).float()
+
+
+# --------------------------------------------------------------------------------- schedules
+
+def learning_rate(step: int, total: int, peak: float, warm_up: int) -> float:
+    """Linear warm-up to the peak, then half a cosine to zero at the last step."""
+    if step < warm_up:
+        return peak * (step + 1) / warm_up
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(total - warm_up, 1)))
+
+
+def ema_update(decay: float, averaged: list, current: list, updates) -> None:
+    """averaged += (1 - d)(current - averaged), d = min(decay, (1 + t)/(10 + t)) at update t."""
+    t = int(updates)
+    torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + t) / (10 + t)))
+
+
+# ---------------------------------------------------------------------------------- the run
+
+class Training:
+    """A run in progress: networks, averages, optimizers, counters; learns, validates, saves."""
+
+    def __init__(self, settings: dict, device: torch.device, amp: bool, manifests: dict,
+                 resumed: dict | None = None):
+        self.settings, self.device, self.amp, self.manifests = settings, device, amp, manifests
+        self.rank = distributed.get_rank() if distributed.is_initialized() else 0
+        self.world = distributed.get_world_size() if distributed.is_initialized() else 1
+        s = settings
+        self.classes = class_names(manifests["train"])
+        if s["class_weight"] and not self.classes:
+            raise ColorizeError(f"--class_weight: {s['data']}/train has no class folders; put each "
+                                "scene's photographs in a folder of its own, or leave the flag out")
+        self.train_data, self.val_data = self.open_data()
+        bins = color_bins()
+        array = Path(s["data"], "processed", "train.npy")
+        chosen = self.train_data.datasets[0] if s["final"] else self.train_data
+        prior, self.mean_ab = color_statistics(array, bins, chosen.chosen)
+        torch.manual_seed(s["seed"])
+        self.model = ColorNet(
+            s["encoder"], s["decoder"], "bins" if s["loss"] == "bins" else "ab", s["stages"],
+            len(self.classes) if s["class_weight"] else 0,
+            {"bins": bins, "prior": prior, "temperature": float(s["temperature"])})
+        if resumed:
+            self.start = resumed["training"]["start"]
+        else:
+            self.start, trained = initialize(self.model, s["init"])
+            settle(s, trained)
+        if s["freeze_encoder"]:
+            self.model.encoder.requires_grad_(False)
+        self.model.to(device, memory_format=torch.channels_last)
+        self.bins_loss = BinsLoss(bins, prior, s["rebalance"]).to(device) if s["loss"] == "bins" else None
+        self.average = AveragedModel(self.model, multi_avg_fn=partial(ema_update, s["ema"]))
+        self.parallel = self.distribute(self.model)
+        encoder = [p for p in self.model.encoder.parameters() if p.requires_grad]
+        others = [p for name, p in self.model.named_parameters() if not name.startswith("encoder.")]
+        groups = [{"params": others, "scale": 1.0}] + \
+            [{"params": encoder, "scale": s["encoder_lr"]}] * bool(encoder)
+        self.optimizer = torch.optim.AdamW(groups, lr=s["lr"], weight_decay=s["weight_decay"])
+        self.discriminator = None
+        if s["loss"] == "gan":
+            self.discriminator = Discriminator().to(device, memory_format=torch.channels_last)
+            self.parallel_discriminator = self.distribute(self.discriminator)
+            self.d_optimizer = torch.optim.AdamW(self.discriminator.parameters(),
+                                                 lr=s["lr_discriminator"], betas=(0.5, 0.999))
+        self.step, self.history, self.best = 0, [], math.inf
+        self.sums, self.skipped, self.bad_in_a_row = {}, 0, 0
+        self.steps_per_epoch = -(-len(self.train_data) // (s["batch_size"] * self.world))
+        self.total = self.steps_per_epoch * s["epochs"]
+        if resumed:
+            self.restore(resumed["resume"])
+
+    def open_data(self):
+        """The training set (with --final both sets) and the validation set."""
+        s = self.settings
+        number = {name: i for i, name in enumerate(self.classes)}
+
+        def open_split(split, **options):
+            labels = [number.get(label, -1) for *_, label in self.manifests[split]["photographs"]]
+            array = Path(s["data"], "processed", f"{split}.npy")
+            return ColorizeData(array, labels, s["size"], limit=s["limit"], **options)
+        options = {"train": True, "crop": s["crop"], "film": s["film"], "seed": s["seed"]}
+        train, val = open_split("train", **options), open_split("val")
+        if not s["final"]:
+            return train, val
+        return torch.utils.data.ConcatDataset([train, open_split("val", **options)]), None
+
+    def distribute(self, network: nn.Module) -> nn.Module:
+        if self.world == 1:
+            return network
+        return DistributedDataParallel(network, [self.device] if self.device.type == "cuda" else None)
+
+    def train_mode(self) -> None:
+        """Training mode, but for the batch norms that keep their statistics."""
+        self.model.train()
+        if self.settings["freeze_bn"] == "all":
+            self.model.apply(lambda m: m.eval() if isinstance(m, nn.BatchNorm2d) else None)
+        if self.settings["freeze_bn"] == "encoder" or self.settings["freeze_encoder"]:
+            self.model.encoder.eval()
+
+    def batches(self, dataset, first: int, last: int, skip: int = 0):
+        """Batches (lab, labels) of this rank's share of samples first..last, from batch `skip` on."""
+        size = self.settings["batch_size"]
+        shares = []
+        for start in range(first, last, size * self.world):
+            stop = min(start + size * self.world, last)
+            if dataset is self.train_data and self.world > 1:  # every rank has a share of equal size
+                stop -= (stop - start) % self.world
+            shares.append(range(start + self.rank, stop, self.world))
+        loader = torch.utils.data.DataLoader(
+            dataset, batch_sampler=[list(share) for share in shares[skip:] if len(share)],
+            collate_fn=as_is, num_workers=self.settings["workers"],
+            pin_memory=self.device.type == "cuda")
+        return loader
+
+    def objective(self, output: torch.Tensor, ab: torch.Tensor) -> torch.Tensor:
+        s = self.settings
+        if s["loss"] == "bins":
+            return self.bins_loss(output, ab)
+        name = "l1" if s["loss"] == "gan" else s["loss"]
+        return regression_loss(name, output, ab, s["chroma_weight"])
+
+    def learn(self, lab: torch.Tensor, labels: torch.Tensor) -> None:
+        """One step on one batch of stored Lab (N, 3, H, W) and class numbers (N,)."""
+        s = self.settings
+        lab = decode_lab(lab.to(self.device, non_blocking=True))
+        lab = lab.contiguous(memory_format=torch.channels_last)
+        L, ab = lab[:, :1], lab[:, 1:]
+        warm_up = min(500, max(self.total // 20, 1))
+        rate = learning_rate(self.step, self.total, 1.0, warm_up)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * s["lr"] * group["scale"]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            output, scenes = self.parallel(L, with_scenes=True)
+        loss = self.objective(output, ab)
+        measured = {"loss": loss.detach() * self.loss_unit()}
+        if self.discriminator is not None:
+            measured |= self.learn_to_discriminate(L, ab, output.detach(), rate)
+            loss = s["l1_weight"] * loss + self.fooling_loss(L, output)
+        if scenes is not None:
+            loss = loss + s["class_weight"] * scene_loss(scenes, labels.to(self.device))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(trainable, s["clip"])
+        self.step += 1
+        if not torch.isfinite(norm + loss.detach()):
+            self.skip_step()
+            return
+        self.bad_in_a_row = 0
+        self.optimizer.step()
+        self.average.update_parameters(self.model)
+        for name, value in measured.items():
+            total, count = self.sums.get(name, (0.0, 0))
+            self.sums[name] = total + float(value) * len(lab), count + len(lab)
+
+    def loss_unit(self) -> float:
+        """What brings the objective's value back to ab units (1 for the cross-entropy)."""
+        name = "l1" if self.settings["loss"] == "gan" else self.settings["loss"]
+        return REGRESSIONS[name][1] if name in REGRESSIONS else 1.0
+
+    def skip_step(self) -> None:
+        """A non-finite loss or gradient: leave the weights, undo what it did to batch norm."""
+        self.skipped += 1
+        self.bad_in_a_row += 1
+        for buffer, good in zip(self.model.buffers(), self.average.module.buffers()):
+            buffer.copy_(good)
+        say(f"step {self.step}: the loss is not finite; skipped")
+        if self.bad_in_a_row == BAD_STEPS:
+            raise ColorizeError(f"the loss was not finite {BAD_STEPS} times in a row; the last good "
+                                "checkpoint is kept; try a lower --lr, or --amp off")
+
+    def learn_to_discriminate(self, L, ab, made, rate: float) -> dict:
+        """The discriminator's step; its input noise fades out over the first half of the run."""
+        generator = torch.Generator().manual_seed(self.settings["seed"] * 1_000_003 + self.step)
+        strength = 0.2 * max(0.0, 1 - 2 * self.step / self.total)
+        noise = torch.randn((2 * len(L), 3, *L.shape[-2:]), generator=generator).to(self.device) * strength
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            logits = self.parallel_discriminator(torch.cat([L, L]), torch.cat([ab, made]), noise).float()
+        real, fake = logits.chunk(2)
+        loss = (F.binary_cross_entropy_with_logits(real, torch.ones_like(real))
+                + F.binary_cross_entropy_with_logits(fake, torch.zeros_like(fake))) / 2
+        self.d_optimizer.param_groups[0]["lr"] = rate * self.settings["lr_discriminator"]
+        self.d_optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if torch.isfinite(nn.utils.clip_grad_norm_(self.discriminator.parameters(), self.settings["clip"])):
+            self.d_optimizer.step()
+        return {"d_loss": loss.detach(), "d_real": real.detach().sigmoid().mean(),
+                "d_fake": fake.detach().sigmoid().mean()}
+
+    def fooling_loss(self, L, made) -> torch.Tensor:
+        """The generator's adversarial loss; the discriminator's weights get no gradient."""
+        self.discriminator.requires_grad_(False)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            logits = self.discriminator(L, made).float()
+        self.discriminator.requires_grad_(True)
+        return F.binary_cross_entropy_with_logits(logits, torch.ones_like(logits))
+
+    @torch.no_grad()
+    def validate(self) -> dict:
+        """Means over the validation photographs for the averaged weights; the same on every rank."""
+        model = self.average.module.eval()
+        names = ["n", "loss", "mse", "distance", "psnr", "color", "true_color", "labelled", "right"]
+        sums = torch.zeros(len(names), dtype=torch.float64)
+        for lab, labels in self.batches(self.val_data, 0, len(self.val_data)):
+            lab = decode_lab(lab.to(self.device))
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+                output, scenes = model(lab[:, :1], with_scenes=True)
+                ab = model.decode(output, lab.shape[-2:])
+            loss = self.objective(output, lab[:, 1:]) * self.loss_unit()
+            mse = F.mse_loss(ab, lab[:, 1:])
+            labels = labels.to(self.device)
+            right = 0 if scenes is None else ((scenes.argmax(1) == labels) & (labels >= 0)).sum()
+            sums += torch.tensor([len(lab), loss * len(lab), mse * len(lab), 0, 0, 0, 0,
+                                  (labels >= 0).sum(), right], dtype=torch.float64)
+            sums[3:7] += torch.tensor(picture_scores(lab.cpu(), ab.cpu()), dtype=torch.float64)
+        if self.world > 1:
+            sums = sums.to(self.device)
+            distributed.all_reduce(sums)
+        n = dict(zip(names, sums.tolist()))
+        scores = {"val_loss": n["loss"], "mse": n["mse"], "distance": n["distance"], "psnr": n["psnr"]}
+        scores = {name: value / n["n"] for name, value in scores.items()}
+        scores["colorfulness"] = n["color"] / max(n["true_color"], 1e-9)
+        if self.model.scenes is not None:
+            scores["accuracy"] = n["right"] / max(n["labelled"], 1)
+        return scores
+
+    @torch.no_grad()
+    def preview(self, path: Path) -> None:
+        """gray | prediction | truth for the same eight validation photographs every time."""
+        numbers = np.linspace(0, len(self.val_data) - 1, min(8, len(self.val_data))).astype(int)
+        lab = decode_lab(self.val_data.__getitems__(numbers.tolist())[0])
+        ab = self.average.module.eval().predict(lab[:, :1].to(self.device)).cpu()
+        tiles = []
+        for colors in (torch.zeros_like(ab), ab, lab[:, 1:]):
+            pictures = torch.cat([lab[:, :1], colors], dim=1).permute(0, 2, 3, 1).numpy()
+            tiles.append(to_8_bit(lab_to_rgb(pictures)))
+        tiles = [tile for row in zip(*tiles) for tile in row]
+        sheet = picture_sheet(tiles, 6, ["gray", "prediction", "truth"] * len(numbers), 160)
+        write_whole(path, lambda name: sheet.save(name, "PNG"))
+
+    def described(self) -> dict:
+        """What a reader of a checkpoint needs to make it again."""
+        return {"settings": printable(self.settings),
+                "start": self.start, "epoch": self.step // self.steps_per_epoch, "step": self.step,
+                "photographs": len(self.train_data), "amp": "bf16" if self.amp else "off",
+                "fingerprint": self.manifests["train"]["fingerprint"],
+                "scores": self.history[-1] if self.history else {},
+                "torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
+
+    def save(self, name: str) -> None:
+        """Write best_model.tar (the averaged weights) or last.tar (with all that resuming needs)."""
+        if self.rank:
+            return
+        extra = {"mean_ab": self.mean_ab, "classes": self.classes if self.model.scenes else [],
+                 "training": self.described()}
+        if name == "last.tar":
+            extra["resume"] = {
+                "weights": self.model.state_dict(), "average": self.average.state_dict(),
+                "optimizer": self.optimizer.state_dict(), "step": self.step, "history": self.history,
+                "best": self.best, "sums": self.sums, "skipped": self.skipped}
+            if self.discriminator is not None:
+                extra["resume"] |= {"discriminator": self.discriminator.state_dict(),
+                                    "d_optimizer": self.d_optimizer.state_dict()}
+        path = Path(self.settings["out"], name)
+        try:
+            save_checkpoint(path, self.model, self.average.module.state_dict(), **extra)
+        except ColorizeError as error:
+            say(f"not saved, the previous one stays: {error}")
+
+    def restore(self, state: dict) -> None:
+        """Take up a run where last.tar left it."""
+        self.model.load_state_dict(state["weights"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.discriminator is not None:
+            self.discriminator.load_state_dict(state["discriminator"])
+            self.d_optimizer.load_state_dict(state["d_optimizer"])
+        self.step, self.history, self.best = state["step"], state["history"], state["best"]
+        self.sums, self.skipped = state["sums"], state["skipped"]
+
+    def run(self) -> None:
+        """Train to the last epoch; on SIGINT and SIGTERM finish the step, save and leave."""
+        stop = []
+        handlers = {number: signal.signal(number, lambda number, _: stop.append(number))
+                    for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            for epoch in range(self.step // self.steps_per_epoch, self.settings["epochs"]):
+                self.run_epoch(epoch, stop)
+        except torch.OutOfMemoryError:
+            raise ColorizeError(f"the {self.device.type} ran out of memory; "
+                                f"try --batch_size {max(self.settings['batch_size'] // 2, 1)}") from None
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def run_epoch(self, epoch: int, stop: list) -> None:
+        """One epoch, from wherever in it the step stands; then validation, log, pictures, saves."""
+        self.train_mode()
+        samples, done = len(self.train_data), self.step - epoch * self.steps_per_epoch
+        batches = self.batches(self.train_data, epoch * samples, (epoch + 1) * samples, done)
+        start = saved = time.monotonic()
+        seen, waiting, asked = 0, 0.0, time.monotonic()
+        for lab, labels in progress(batches, len(batches), f"epoch {epoch + 1}"):
+            waiting += time.monotonic() - asked
+            self.learn(lab, labels)
+            seen += len(lab) * self.world
+            if stop:
+                self.save("last.tar")
+                say(f"stopped at step {self.step}; go on with --resume auto")
+                raise SystemExit(128 + stop[0])
+            if time.monotonic() - saved >= self.settings["save_minutes"] * 60 and self.step % self.steps_per_epoch:
+                self.save("last.tar")
+                saved = time.monotonic()
+            asked = time.monotonic()
+        elapsed = time.monotonic() - start
+        row = {"epoch": epoch + 1, "step": self.step, "lr": self.optimizer.param_groups[0]["lr"]}
+        row |= {name: total / max(count, 1) for name, (total, count) in self.sums.items()}
+        row |= {} if self.settings["final"] else self.validate()
+        row |= {"images_per_second": seen / elapsed, "waiting": waiting / elapsed}
+        self.sums = {}
+        self.finish_epoch(row)
+
+    def finish_epoch(self, row: dict) -> None:
+        self.history.append(row)
+        # a validation loss would bring a gan back to its start; --final has none: the last is best
+        last_is_best = self.settings["final"] or self.settings["loss"] == "gan"
+        is_best = last_is_best or row["val_loss"] < self.best
+        self.best = row.get("val_loss", self.best) if is_best else self.best
+        if row.get("d_loss", 1) < COLLAPSE:
+            say(f"the discriminator wins (loss {row['d_loss']:.3f}): it no longer teaches; "
+                "lower --lr_discriminator or raise --l1_weight")
+        if self.rank:
+            return
+        out = Path(self.settings["out"])
+        log = {name: value for name, value in row.items() if name != "waiting"}
+        say("  ".join(f"{name} {value:.4g}" for name, value in log.items()) + "  best" * is_best)
+        if is_best:
+            self.save("best_model.tar")
+        self.save("last.tar")
+        write_history(out / "history.csv", self.history)
+        draw_curves(out / "curves.png", self.history)
+        if not self.settings["final"]:
+            self.preview(out / "preview.png")
+
+
+def picture_scores(lab: torch.Tensor, ab: torch.Tensor) -> list[float]:
+    """Sums over a batch of ab distance, PSNR, colourfulness and the truth's."""
+    lab, ab = lab.permute(0, 2, 3, 1).numpy(), ab.permute(0, 2, 3, 1).float().numpy()
+    true = lab_to_rgb(lab)
+    made = lab_to_rgb(np.concatenate([lab[..., :1], ab], axis=-1))
+    scores = [(mean_ab_distance(c, t[..., 1:]), psnr(m, r), colorfulness(m), colorfulness(r))
+              for c, t, m, r in zip(ab, lab, made, true)]
+    return np.sum(scores, axis=0).tolist()
+
+
+# ------------------------------------------------------------------------- history and curves
+
+def write_history(path: Path, history: list[dict]) -> None:
+    """history.csv, a row an epoch."""
+    names = list(dict.fromkeys(name for row in history for name in row))
+
+    def write(temporary):
+        with open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(history)
+    write_whole(path, write)
+
+
+CURVES = {  # a panel each: title, columns, logarithmic
+    "loss": (["loss", "val_loss"], True),
+    "PSNR, dB": (["psnr"], False),
+    "colourfulness over the truth's": (["colorfulness"], False),
+    "learning rate": (["lr"], False),
+    "discriminator": (["d_loss", "d_real", "d_fake"], False),
+}
+COLORS = ["#1f5fbf", "#d06010", "#208040"]
+
+
+def draw_curves(path: Path, history: list[dict]) -> None:
+    """history.csv as a picture: a panel for each of CURVES that the history has."""
+    panels = [(title, [c for c in columns if c in history[-1]], log)
+              for title, (columns, log) in CURVES.items()]
+    panels = [panel for panel in panels if panel[1]]
+    width, height = 520, 300
+    picture = Image.new("RGB", (width * 2, height * -(-len(panels) // 2)), "white")
+    for i, (title, columns, log) in enumerate(panels):
+        draw_panel(ImageDraw.Draw(picture), i % 2 * width, i // 2 * height, width, height, title,
+                   {c: [(row["epoch"], row[c]) for row in history if c in row] for c in columns}, log)
+    write_whole(path, lambda name: picture.save(name, "PNG"))
+
+
+def draw_panel(draw, left: int, top: int, width: int, height: int, title: str, curves: dict,
+               log: bool) -> None:
+    """One chart: frame, ticks, labels, a line a curve, a legend."""
+    points = [point for curve in curves.values() for point in curve]
+    scale = (lambda y: math.log10(max(y, 1e-12))) if log else float
+    low, high = min(scale(y) for _, y in points), max(scale(y) for _, y in points)
+    margin = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
+    low, high, last = low - margin, high + margin, max(x for x, _ in points)
+    x0, y0, x1, y1 = left + 70, top + 30, left + width - 20, top + height - 40
+    place = lambda x, y: (x0 + (x1 - x0) * (x - 1) / max(last - 1, 1),
+                          y1 - (y1 - y0) * (scale(y) - low) / (high - low))
+    draw.rectangle((x0, y0, x1, y1), outline="black")
+    draw.text((x0, top + 8), title + " (log scale)" * log, "black", caption_font(14))
+    for i in range(5):
+        value = low + (high - low) * i / 4
+        y = y1 - (y1 - y0) * i / 4
+        draw.line((x0, y, x1, y), "#d0d0d0" if 0 < i < 4 else "black")
+        draw.text((x0 - 6, y), f"{10 ** value if log else value:.3g}", "black", caption_font(), "rm")
+        epoch = round(1 + (last - 1) * i / 4)
+        if last >= 5 or i in (0, 4):
+            draw.text((place(epoch, points[0][1])[0], y1 + 6), str(epoch), "black", caption_font(), "ma")
+    draw.text(((x0 + x1) / 2, y1 + 20), "epoch", "black", caption_font(), "ma")
+    for i, (name, curve) in enumerate(curves.items()):
+        color = COLORS[i]
+        line = [place(x, y) for x, y in curve]
+        draw.line(line, color, 2) if len(line) > 1 else draw.circle(line[0], 3, color)
+        draw.text((x1 - 6, y0 + 6 + 15 * i), name, color, caption_font(), "ra")
+
+
+# ------------------------------------------------------------------------------- the command
+
+def use_bf16(amp: str, device: torch.device) -> bool:
+    """auto: bf16 where the hardware computes in it."""
+    if amp != "auto":
+        return amp == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.backends.mkldnn.is_available() and \
+        torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def settle(s: dict, trained: str) -> None:
+    """Settings left open depend on what the weights start from: nothing, the encoder, the decoder."""
+    if s["lr"] is None:
+        s["lr"] = 2e-4 if trained == "decoder" else 1e-3
+    if s["encoder_lr"] is None:
+        s["encoder_lr"] = 1.0 if trained == "nothing" else 0.1
+    if s["freeze_bn"] == "auto":
+        s["freeze_bn"] = "none" if trained == "nothing" else "encoder"
+
+
+def read_resumable(path: Path, settings: dict, fingerprint: str) -> dict:
+    """last.tar's contents. Settings left open are taken from it, others must agree: ColorizeError."""
+    contents = read_tensors(path)
+    training = contents.get("training")
+    if not isinstance(contents.get("resume"), dict) or not isinstance(training, dict):
+        raise ColorizeError(f"--resume {path}: it holds no training to go on with; "
+                            "name a last.tar, or start from its weights with --init")
+    old = training["settings"]
+    for name, value in printable(settings).items():
+        if value in (None, "auto") and name in ("lr", "encoder_lr", "freeze_bn"):
+            settings[name] = old[name]
+        elif name not in FREE_ON_RESUME and name in old and old[name] != value:
+            raise ColorizeError(f"--resume {path}: it was trained with --{name} {old[name]}, "
+                                f"not {value}; give the same, or start anew with --init {path}")
+    if training["fingerprint"] != fingerprint:
+        raise ColorizeError(f"--resume {path}: the photographs have changed since; "
+                            f"start anew with --init {path}")
+    if settings["epochs"] < old["epochs"]:
+        raise ColorizeError(f"--resume {path}: it was trained for --epochs {old['epochs']}, not "
+                            f"{settings['epochs']}; fewer would change its past")
+    if settings["epochs"] > old["epochs"]:
+        say(f"--epochs {settings['epochs']} instead of {old['epochs']}: the learning rate follows the "
+            "longer schedule from here on")
+    return contents
+
+
+def printable(settings: dict) -> dict:
+    return {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+
+
+def check_settings(s: dict) -> None:
+    """FlagError for values and combinations that make no sense."""
+    for name in ("epochs", "batch_size", "clip"):
+        if s[name] <= 0:
+            raise FlagError(f"--{name} {s[name]}: must be more than 0")
+    if not 64 <= s["size"] <= 256:
+        raise FlagError(f"--size {s['size']}: must be 64..256, the side of the stored photographs")
+    if not 0 <= s["rebalance"] <= 1:
+        raise FlagError(f"--rebalance {s['rebalance']}: must be 0..1 (1 is no rebalancing)")
+    if not 0 < s["temperature"] <= 10:
+        raise FlagError(f"--temperature {s['temperature']}: must be over 0 and at most 10")
+    if s["loss"] != "bins" and (s["rebalance"] != 1 or s["temperature"] != 1):
+        raise FlagError(f"--rebalance and --temperature go with --loss bins, not {s['loss']}")
+    if s["loss"] == "bins" and s["chroma_weight"]:
+        raise FlagError("--chroma_weight goes with the regressions; with bins use --rebalance")
+    if s["loss"] == "gan" and s["init"] == "none":
+        raise FlagError("--loss gan starts from a trained generator: name one with --init PATH")
+
+
+def train(*, data: Path = Path("data/input"), out: Path = Path("checkpoints"), epochs: int = 20,
+          batch_size: int = 16, lr: float | None = None, size: int = 256,
+          loss: Literal["mse", "l1", "huber", "bins", "gan"] = "mse", encoder: str = "resnet18",
+          decoder: Literal["unet", "plain", "dense"] = "unet", stages: Literal[2, 3, 4] = 4,
+          init: str = "auto", resume: str | None = None, limit: int | None = None,
+          final: bool = False, freeze_encoder: bool = False,
+          freeze_bn: Literal["auto", "none", "encoder", "all"] = "auto",
+          encoder_lr: float | None = None, weight_decay: float = 0.01, ema: float = 0.999,
+          clip: float = 1.0, crop: bool = True, film: bool = False, rebalance: float = 1.0,
+          temperature: float = 1.0, chroma_weight: float = 0.0, class_weight: float = 0.0,
+          l1_weight: float = 100.0, lr_discriminator: float = 1e-4, seed: int = 0,
+          device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+          amp: Literal["auto", "bf16", "off"] = "auto", workers: int | None = None,
+          save_minutes: float = 5.0) -> None:
+    """Train a colorizer on a folder of photographs and save OUT/best_model.tar.
+
+    data: folder that holds train/ and (or a tenth of train is set aside) val/
+    out: folder for best_model.tar, last.tar, history.csv, curves.png, preview.png
+    epochs: times that each photograph is seen
+    batch_size: photographs a step, on each device
+    lr: peak learning rate; 1e-3, or 2e-4 from a trained colorizer
+    size: side in pixels of the square crops that the network sees, 64..256
+    loss: objective; bins: classes of colour, gan: adversarial with l1
+    encoder: a network of torchvision: resnet18..152, vgg11..19(_bn), mobilenet_v2
+    decoder: unet: joins the encoder's features, plain: none, dense: also all earlier stages
+    stages: the encoder ends at stride 8, 16 or 32
+    init: auto (the shipped checkpoint, else imagenet), imagenet, none, or a file
+    resume: auto or a last.tar: go on exactly where it stopped
+    limit: use this many photographs
+    final: train on train and val together, keep the last epoch
+    freeze_encoder: train the decoder alone
+    freeze_bn: batch norms that keep their statistics; auto: those of a trained encoder
+    encoder_lr: the encoder's rate as a share of lr; 0.1, or 1 where it starts untrained
+    weight_decay: AdamW's
+    ema: decay of the averaged weights, which are the ones saved
+    clip: largest norm of the gradient
+    crop: train on random resized crops rather than whole squares
+    film: make the input as films of other colour sensitivity saw it, with grain
+    rebalance: bins: 1 none, towards 0 rare colours count more
+    temperature: bins: of the mean that is saved with the model; under 1 is more vivid
+    chroma_weight: k: a pixel counts 1 + k chroma/110 times (mse, l1, huber, gan)
+    class_weight: weight of telling the scene's class (class folders) besides; 0.0033 is usual
+    l1_weight: gan: weight of l1 beside the adversarial loss
+    lr_discriminator: gan: its peak learning rate
+    seed: of order, augmentation, initialization and noise
+    device: where to compute
+    amp: bf16 arithmetic; auto: where the hardware has it
+    workers: processes that make batches; 0 on a CPU, up to 8 beside a GPU
+    save_minutes: write last.tar this often within an epoch; 0: after each step
+    """
+    settings = dict(locals())
+    check_settings(settings)
+    device = choose_device(device)
+    out = Path(out)
+    last = out / "last.tar" if resume == "auto" else resume and Path(resume)
+    if resume == "auto" and not last.exists():
+        say(f"nothing to resume in {out}: starting anew")
+        last = None
+    if workers is None:
+        settings["workers"] = min(8, (os.cpu_count() or 2) - 1) if device.type == "cuda" else 0
+    if "RANK" in os.environ:  # under torchrun
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                       timeout=timedelta(hours=6))
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        if rank == 0:
+            prepare(data)
+        if "RANK" in os.environ:
+            distributed.barrier()
+        manifests = prepare(data)
+        resumed = None
+        if last:
+            resumed = read_resumable(last, settings, manifests["train"]["fingerprint"])
+        training = Training(settings, device, use_bf16(amp, device), manifests, resumed)
+        if rank == 0:
+            say("settings: " + " ".join(f"--{k} {v}" for k, v in printable(settings).items()))
+            say(f"{len(training.train_data)} photographs, {training.world} x {device}, "
+                f"{'bf16' if training.amp else 'float32'}, starting from {training.start}"
+                + f"; resumed {last} at step {training.step} of {training.total}" * bool(last))
+        training.run()
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+    if rank == 0:
+        print(f"{out / 'best_model.tar'}: best {'epoch, the last' if final else 'validation loss'}"
+              f"{'' if final else f' {training.best:.4g}'}")
