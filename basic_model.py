@@ -7,7 +7,6 @@ at a quarter of the resolution (head "bins"); ColorNet.predict gives ab for eith
 import hashlib
 import os
 import pickle
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ MIN_INPUT = 32       # smaller inputs are padded
 BIN_STEP = 10        # ab units (Zhang et al. 2016)
 # the decoder's channels at each stride: halved on the way up, gently, the same for any encoder
 WIDTHS = {32: 384, 16: 256, 8: 192, 4: 128, 2: 48, 1: 24}
+NEIGHBOURS, SIGMA = 5, 5.0  # of the soft encoding (Zhang et al. 2016)
 PRETRAINED = Path(__file__).parent / "checkpoints" / "pretrained.tar"
 
 
@@ -39,6 +39,21 @@ def color_bins() -> torch.Tensor:
     return torch.from_numpy(np.stack([a[..., 0, 0], b[..., 0, 0]], axis=-1)[held])
 
 
+def soft_encode(ab: torch.Tensor, bins: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """ab (P, 2) to its 5 nearest bins (P, 5) and their Gaussian weights (P, 5), which sum to one.
+
+    sigma 5 ab units; the nearest bin comes first (Zhang et al. 2016, section 2.2).
+    """
+    distance, nearest = torch.cdist(ab, bins).topk(NEIGHBOURS, dim=1, largest=False)
+    return nearest, torch.softmax(-distance ** 2 / (2 * SIGMA ** 2), dim=1)
+
+
+def rarity_weights(prior: torch.Tensor, rebalance: float) -> torch.Tensor:
+    """Class weights 1/((1-r)*prior + r/Q), mean 1 under the prior (Zhang et al. 2016, eq. 4)."""
+    weights = 1 / ((1 - rebalance) * prior + rebalance / len(prior))
+    return weights / (prior * weights).sum()
+
+
 def annealed_mean(logits: torch.Tensor, bins: torch.Tensor, temperature: float) -> torch.Tensor:
     """Logits (N, Q, H, W) to ab (N, 2, H, W): the mean of softmax(logits/T) (Zhang et al. 2016, eq. 5).
 
@@ -46,6 +61,45 @@ def annealed_mean(logits: torch.Tensor, bins: torch.Tensor, temperature: float) 
     """
     probability = torch.softmax(logits.float() / temperature, dim=1)
     return torch.einsum("nqhw,qc->nchw", probability, bins)
+
+
+def tilt(probability: np.ndarray, colors: np.ndarray, target: np.ndarray,
+         start: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Move the mean colour of distributions by the smallest change in relative entropy.
+
+    probability (P, Q), colors (Q, 2), target (2,): p'(q) ~ p(q) exp(lambda . c_q) with one lambda for
+    all P, by Newton with step control on the convex mean log-partition less lambda . target, whose
+    gradient is (mean - target) and whose Hessian is the mean covariance. Returns p' and lambda. Out
+    of reach: the nearest that was found.
+    """
+    probability = probability.astype(np.float64)
+    colors, products = colors.astype(np.float64), np.einsum("qi,qj->qij", colors, colors).reshape(-1, 4)
+    vector = np.zeros(2) if start is None else start
+
+    def tilted(vector):
+        exponent = colors @ vector
+        weighted = probability * np.exp(exponent - exponent.max())
+        total = np.maximum(weighted.sum(axis=1, keepdims=True), 1e-300)
+        value = float(np.log(total).mean() + exponent.max() - vector @ target)
+        return weighted / total, value
+    current, value = tilted(vector)
+    for _ in range(50):
+        means = current @ colors
+        gradient = means.mean(axis=0) - target
+        if np.linalg.norm(gradient) < 0.02:
+            break
+        covariance = (current @ products).mean(axis=0).reshape(2, 2) - means.T @ means / len(means)
+        step = np.linalg.solve(covariance + 1e-4 * np.eye(2), gradient)
+        step *= min(1.0, 0.2 / np.linalg.norm(step))  # exp(0.2 * 110) is already the whole range
+        for _ in range(20):
+            trial, trial_value = tilted(vector - step)
+            if trial_value < value - 1e-4 * (step @ gradient):
+                break
+            step = step / 2
+        else:
+            break
+        vector, current, value = vector - step, trial, trial_value
+    return current, vector
 
 
 # --------------------------------------------------------------------------------- network
@@ -193,6 +247,21 @@ class Discriminator(nn.Module):
     def forward(self, L: torch.Tensor, ab: torch.Tensor, noise: torch.Tensor | float = 0.0):
         """Logits (N, 1, ~H/8, ~W/8). noise: added to the input, scaled to about -1..1."""
         return self.layers(torch.cat([L / 50 - 1, ab / AB_SCALE], dim=1) + noise)
+
+
+def choose_device(device: str) -> torch.device:
+    """auto: cuda, else mps, else cpu; ColorizeError where the one asked for is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        device = next(name for name in there if there[name])
+    if not there[device]:
+        raise ColorizeError(f"--device {device}: PyTorch finds none here; use --device cpu, "
+                            "or install PyTorch for it")
+    if device == "cuda":
+        index = int(os.environ.get("LOCAL_RANK", 0))
+        torch.cuda.set_device(index)
+        return torch.device("cuda", index)
+    return torch.device(device)
 
 
 # ----------------------------------------------------------------------------- checkpoints

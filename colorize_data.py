@@ -1,7 +1,6 @@
 """Photographs in and out: reading, Lab and gamut, the stored arrays, batches, picture sheets.
 
-    python main.py data                      # build and inspect the arrays of data/input
-    python main.py data --source photos.zip  # import an archive first
+Used by every command; the arrays are built by train, or by itself: python main.py data
 
 Units: L is 0..100, ab are CIE units, Lab is that of sRGB under D65 and the 2-degree observer.
 """
@@ -13,10 +12,8 @@ import os
 import shutil
 import stat
 import sys
-import tarfile
 import time
 import warnings
-import zipfile
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -34,7 +31,6 @@ SIDE = 256         # stored photographs are SIDE x SIDE
 MIN_SIDE = 64      # smaller photographs teach little
 MIN_CHROMA = 2.0   # mean chroma under this: a gray photograph teaches gray
 MAX_MEGAPIXELS = 300
-MAX_MEMBER = 300 << 20  # bytes of a photograph in an archive
 NOT_PHOTOGRAPHS = {"PDF", "EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "FITS"}
 
 
@@ -76,21 +72,6 @@ def ordered_map(function, items, workers: int, window: int = 64):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-
-
-def choose_device(device: str) -> torch.device:
-    """auto: cuda, else mps, else cpu; ColorizeError where the one asked for is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if device == "auto":
-        device = next(name for name in there if there[name])
-    if not there[device]:
-        raise ColorizeError(f"--device {device}: PyTorch finds none here; use --device cpu, "
-                            "or install PyTorch for it")
-    if device == "cuda":
-        index = int(os.environ.get("LOCAL_RANK", 0))
-        torch.cuda.set_device(index)
-        return torch.device("cuda", index)
-    return torch.device(device)
 
 
 # ---------------------------------------------------------------------------------- colour
@@ -627,80 +608,6 @@ def film_lightness(lab: torch.Tensor, random: np.random.Generator) -> torch.Tens
     return torch.cat([stored[None], lab[1:]])
 
 
-# -------------------------------------------------------------------------- importing a set
-
-def members_of(source: Path):
-    """(name, size, function that reads it) of every photograph in a zip, tar or folder.
-
-    ColorizeError for an archive whose paths leave the folder, or that holds links.
-    """
-    if source.is_dir():
-        for path in find_photos(source):
-            yield path.relative_to(source).as_posix(), path.stat().st_size, path.read_bytes
-    elif zipfile.is_zipfile(source):
-        with zipfile.ZipFile(source) as archive:
-            for info in archive.infolist():
-                check_member(source, info.filename, stat.S_ISLNK(info.external_attr >> 16))
-                if not info.is_dir():
-                    yield info.filename, info.file_size, lambda info=info: archive.read(info)
-    elif tarfile.is_tarfile(source):
-        with tarfile.open(source) as archive:
-            for info in archive:
-                check_member(source, info.name, info.issym() or info.islnk())
-                if info.isfile():
-                    yield info.name, info.size, lambda info=info: archive.extractfile(info).read()
-    else:
-        raise ColorizeError(f"--source {source}: neither a zip, a tar nor a folder; check the path")
-
-
-def check_member(source: Path, name: str, is_link: bool) -> None:
-    if is_link or name.startswith(("/", "\\")) or ":" in name or ".." in Path(name.replace("\\", "/")).parts:
-        raise ColorizeError(f"--source {source}: '{name}' leads out of the folder; nothing more of "
-                            "this archive is taken; unpack it yourself if you trust it")
-
-
-def import_photos(source: Path, data: Path, val_fraction: float) -> None:
-    """Copy the photographs of a zip, tar or folder into DATA/train and DATA/val, class folders kept.
-
-    A set that comes with train and val folders stays split so; else the split is by a hash of each
-    content. Files that are no photographs by extension, and those already there, are passed over.
-    """
-    if not source.exists():
-        raise ColorizeError(f"--source {source}: no such file or folder; check the path")
-    Image.init()
-    counts = Counter()
-    try:
-        names = [name for name, _, _ in members_of(source) if is_photo_name(name)]
-        top = Path(os.path.commonpath([Path(name).parent for name in names])) if names else Path()
-        for name, size, read in progress(members_of(source), len(names), f"import {source.name}"):
-            if not is_photo_name(name):
-                continue
-            if size > MAX_MEMBER or size > free_space(data.parent if not data.exists() else data):
-                raise ColorizeError(f"--source {source}: '{name}' has {size / 1e6:.0f} MB, over the limit "
-                                    f"of {MAX_MEMBER >> 20} MB for a photograph or the space that is free")
-            content = read()
-            path = Path(name).relative_to(top)
-            known = {"train": "train", "val": "val", "valid": "val", "validation": "val"}
-            if len(path.parts) > 1 and path.parts[0] in known:
-                split, path = known[path.parts[0]], Path(*path.parts[1:])
-            else:
-                number = int(hashlib.sha256(content).hexdigest()[:8], 16)
-                split = "val" if number < val_fraction * 16 ** 8 else "train"
-            target = data / split / path
-            counts["already there" if target.exists() else split] += 1
-            if not target.exists():
-                write_whole(target, lambda temporary: temporary.write_bytes(content))
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, RuntimeError, OSError) as error:
-        raise ColorizeError(f"--source {source}: damaged or not readable ({error}); get it again") from None
-    say(f"imported {source}: " + (", ".join(f"{n} {what}" for what, n in counts.items()) or "no photograph"))
-
-
-def is_photo_name(name: str) -> bool:
-    path = Path(name)
-    hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
-    return not hidden and Image.registered_extensions().get(path.suffix.lower(), "PDF") not in NOT_PHOTOGRAPHS
-
-
 # ----------------------------------------------------------------------------- picture sheets
 
 def caption_font(size: int = 12):
@@ -728,84 +635,3 @@ def picture_sheet(tiles: list, columns: int, captions: list[str] | None = None,
 def to_8_bit(rgb: np.ndarray) -> np.ndarray:
     """sRGB float 0..1 to uint8."""
     return np.rint(np.clip(rgb, 0, 1) * 255).astype(np.uint8)
-
-
-def ab_histogram(counts: np.ndarray) -> Image.Image:
-    """Counts (256, 256) of stored a and b as a picture: a to the right, b up, brighter is more."""
-    share = np.log1p(counts) / np.log1p(max(counts.max(), 1))
-    b, a = np.meshgrid(np.arange(127, -129, -1.0), np.arange(-128, 128.0), indexing="ij")
-    ab = np.stack([a, b], axis=-1).astype(np.float32)
-    L = (share.T[::-1] * 75).astype(np.float32)
-    return Image.fromarray(to_8_bit(linear_to_srgb(lab_to_linear(L, into_gamut(L, ab)))))
-
-
-# -------------------------------------------------------------------------------- the command
-
-def data(*, data: Path = Path("data/input"), source: Path | None = None, val_fraction: float = 0.1,
-         workers: int | None = None) -> None:
-    """Import photographs, build the arrays that train reads, and say what is in them.
-
-    data: folder that holds train/ and val/; the arrays are written to its processed/
-    source: a zip, a tar or a folder to import first
-    val_fraction: share set aside for validation, by a hash of the content
-    workers: threads that read photographs; else one for each core
-    """
-    if not 0 < val_fraction < 1:
-        raise FlagError(f"--val_fraction {val_fraction}: must be between 0 and 1")
-    if source is not None:
-        import_photos(Path(source), Path(data), val_fraction)
-    check_overlap(data)
-    manifests = prepare(data, val_fraction, workers)
-    processed = Path(data, "processed")
-    for split, manifest in manifests.items():
-        print(f"{split}: {len(manifest['photographs'])} photographs used")
-        for reason, count in Counter(manifest["left_out"].values()).items():
-            names = [name for name, why in manifest["left_out"].items() if why == reason]
-            print(f"  {count} left out, {reason}: {', '.join(names[:3])}" + ", ..." * (count > 3))
-    counts = Counter(label for *_, label in manifests["train"]["photographs"])
-    if class_names(manifests["train"]):
-        print("classes: " + ", ".join(f"{name or '(none)'} {n}" for name, n in sorted(
-            counts.items(), key=lambda item: str(item[0]))))
-    else:
-        print("classes: none (no class folders)")
-    stored = np.load(processed / "train.npy", mmap_mode="r")
-    histogram, near_gray = np.zeros(65536), 0
-    for row in stored:
-        ab = row[::4, ::4, 1:].reshape(-1, 2).astype(np.int64)
-        histogram += np.bincount(ab[:, 0] * 256 + ab[:, 1], minlength=65536)
-        near_gray += np.hypot(*(ab.T - 128.0)).mean() < 2.5 * MIN_CHROMA
-    histogram = histogram.reshape(256, 256)
-    axis, total = np.arange(-128, 128), histogram.sum()
-    for name, marginal in (("a", histogram.sum(1)), ("b", histogram.sum(0))):
-        mean = (marginal * axis).sum() / total
-        print(f"{name}*: mean {mean:.1f}, spread {np.sqrt((marginal * (axis - mean) ** 2).sum() / total):.1f}")
-    print(f"near gray (mean chroma under {2.5 * MIN_CHROMA:g}): {near_gray / len(stored):.1%}")
-    write_preview(processed / "preview.png", ColorizeData(processed / "train.npy", train=True), histogram)
-    print(f"{processed / 'preview.png'}: samples as the network sees them (L, ab at L 60, colour) and the "
-          "histogram of ab")
-
-
-def check_overlap(data: Path) -> None:
-    """ColorizeError if a photograph is in both train and val (equal content)."""
-    sizes, splits = {}, {split: find_photos(Path(data) / split) for split in ("train", "val")}
-    for path in splits["val"]:
-        sizes.setdefault(path.stat().st_size, []).append(path)
-    for path in splits["train"]:
-        for other in sizes.get(path.stat().st_size, []):
-            if content_hash(path) == content_hash(other):
-                raise ColorizeError(f"{path} and {other} are the same photograph, in train and in val; "
-                                    "delete one, or scores will flatter")
-
-
-def write_preview(path: Path, dataset: ColorizeData, histogram: np.ndarray) -> None:
-    """Eight samples as L | ab at L 60 | colour, and the histogram of ab."""
-    stored, _ = dataset.__getitems__(range(min(8, len(dataset))))
-    tiles = []
-    for lab in decode_lab(stored.permute(0, 2, 3, 1).numpy()):
-        gray, flat = lab.copy(), lab.copy()
-        gray[..., 1:], flat[..., 0] = 0, 60
-        flat[..., 1:] = into_gamut(flat[..., 0], flat[..., 1:])
-        tiles += [to_8_bit(lab_to_rgb(version)) for version in (gray, flat, lab)]
-    sheet = picture_sheet(tiles + [ab_histogram(histogram)], 6,
-                          ["L", "ab at L 60", "colour"] * (len(tiles) // 3) + ["histogram of ab"], 192)
-    write_whole(path, lambda name: sheet.save(name, "PNG"))

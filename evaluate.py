@@ -1,31 +1,189 @@
-"""Knowing how good it is: metrics, baselines, the report.
+"""Knowing what goes in and how good it is that comes out: data report, metrics, baselines, curves.
 
-    python main.py evaluate --model checkpoints/pretrained.tar --image data/input/val
-    python main.py evaluate --model a.tar,b.tar --image photographs
+    python main.py data --source photos.zip        # import, build the arrays, report
+
+    python main.py evaluate --model a.tar,b.tar --image data/input/val
 
 Each photograph is coloured by the code of inference and scored at a short side of at most 256.
 """
 
 import csv
 import json
+import math
+import os
+import shutil
+import stat
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from PIL import Image, ImageDraw
 from skimage.color import deltaE_ciede2000
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from basic_model import checkpoint_hash
-from colorize_data import (MIN_CHROMA, SIDE, ColorizeError, FlagError, find_photos, into_gamut,
-                           lab_to_rgb, ordered_map, picture_sheet, progress, read_photo, rgb_to_lab, say,
-                           to_8_bit, write_whole)
+from colorize_data import (MIN_CHROMA, SIDE, ColorizeData, ColorizeError, FlagError, caption_font,
+                           class_names, content_hash, decode_lab, find_photos, free_space, in_validation,
+                           into_gamut, lab_to_linear, lab_to_rgb, linear_to_srgb, ordered_map,
+                           picture_sheet, prepare, progress, read_photo, rgb_to_lab, say, to_8_bit,
+                           write_whole)
 from inference import check_vividness, colorize, load_model, mean_chroma, working_copy
 
+MAX_MEMBER = 300 << 20  # bytes of a photograph in an archive
 # columns of the table: score, heading, digits
 SCORES = {"psnr": ("PSNR", 2), "ssim": ("SSIM", 3), "ciede2000": ("CIEDE2000", 2),
           "distance": ("ab dist.", 2), "auc": ("AuC", 3), "colorfulness": ("colourf.", 1),
           "ratio": ("of truth's", 3), "delta_L": ("|dL|", 3)}
+
+
+# ------------------------------------------------------------------------- the photographs
+
+def check_archive(source: Path) -> None:
+    """ColorizeError for an archive that reaches outside its folder, holds links, or is a bomb."""
+    if zipfile.is_zipfile(source):
+        with zipfile.ZipFile(source) as archive:
+            members = [(i.filename, i.file_size, stat.S_ISLNK(i.external_attr >> 16), i.compress_size)
+                       for i in archive.infolist()]
+    elif tarfile.is_tarfile(source):
+        with tarfile.open(source) as archive:
+            members = [(i.name, i.size, not (i.isfile() or i.isdir()), i.size) for i in archive]
+    else:
+        raise ColorizeError(f"--source {source}: neither a zip, a tar nor a folder; check the path")
+    for name, size, is_link, packed in members:
+        if is_link or name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/"):
+            raise ColorizeError(f"--source {source}: '{name}' is a link or leads out of the folder; "
+                                "nothing was taken; unpack it yourself if you trust it")
+        if size > MAX_MEMBER or size > 500 * max(packed, 1 << 20):
+            raise ColorizeError(f"--source {source}: '{name}' unpacks to {size >> 20} MB; no photograph "
+                                "is that large; nothing was taken")
+    total, free = sum(size for _, size, _, _ in members), free_space(source.parent)
+    if total > free:
+        raise ColorizeError(f"--source {source}: unpacks to {total >> 20} MB and {free >> 20} MB are free")
+
+
+def import_photos(source: Path, data: Path, val_fraction: float) -> None:
+    """Take the photographs of a zip, tar or folder into DATA/train and DATA/val, class folders kept.
+
+    A set that comes with train and val folders stays split so; else the split is by a hash of each
+    content, so that adding photographs moves none. Those already there are passed over.
+    """
+    if not source.exists():
+        raise ColorizeError(f"--source {source}: no such file or folder; check the path")
+    data.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=data, prefix=".import-") as unpacked:
+        folder = source
+        if not source.is_dir():
+            check_archive(source)
+            say(f"unpacking {source}")
+            folder = Path(unpacked)
+            try:
+                shutil.unpack_archive(source, folder, None if source.suffix else "tar",
+                                      **({} if zipfile.is_zipfile(source) else {"filter": "data"}))
+            except (shutil.ReadError, ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error,
+                    tarfile.TarError) as error:
+                raise ColorizeError(f"--source {source}: damaged ({error}); get it again") from None
+        counts, paths = Counter(), find_photos(folder)
+        top = Path(os.path.commonpath([path.parent for path in paths])) if paths else folder
+        splits = {"train": "train", "val": "val", "valid": "val", "validation": "val"}
+        if top.name in splits:  # it has one of the two only
+            top = top.parent
+        for path in progress(paths, len(paths), f"import {source.name}"):
+            name = path.relative_to(top)
+            if len(name.parts) > 1 and name.parts[0] in splits:
+                split, name = splits[name.parts[0]], Path(*name.parts[1:])
+            else:
+                split = "val" if in_validation(path, val_fraction) else "train"
+            target = data / split / name
+            counts["already there" if target.exists() else split] += 1
+            if not target.exists():
+                write_whole(target, lambda temporary: shutil.copyfile(path, temporary))
+    say(f"imported {source}: " + (", ".join(f"{n} {what}" for what, n in counts.items()) or "no photograph"))
+
+
+def data(*, data: Path = Path("data/input"), source: Path | None = None, val_fraction: float = 0.1,
+         workers: int | None = None) -> None:
+    """Import photographs, build the arrays that train reads, and say what is in them.
+
+    data: folder that holds train/ and val/; the arrays are written to its processed/
+    source: a zip, a tar or a folder to import first
+    val_fraction: share set aside for validation, by a hash of the content
+    workers: threads that read photographs; else one for each core
+    """
+    if not 0 < val_fraction < 1:
+        raise FlagError(f"--val_fraction {val_fraction}: must be between 0 and 1")
+    if source is not None:
+        import_photos(Path(source), Path(data), val_fraction)
+    check_overlap(data)
+    manifests = prepare(data, val_fraction, workers)
+    processed = Path(data, "processed")
+    for split, manifest in manifests.items():
+        print(f"{split}: {len(manifest['photographs'])} photographs used")
+        for reason, count in Counter(manifest["left_out"].values()).items():
+            names = [name for name, why in manifest["left_out"].items() if why == reason]
+            print(f"  {count} left out, {reason}: {', '.join(names[:3])}" + ", ..." * (count > 3))
+    counts = Counter(label for *_, label in manifests["train"]["photographs"])
+    if class_names(manifests["train"]):
+        print("classes: " + ", ".join(f"{name or '(none)'} {n}" for name, n in sorted(
+            counts.items(), key=lambda item: str(item[0]))))
+    else:
+        print("classes: none (no class folders)")
+    stored = np.load(processed / "train.npy", mmap_mode="r")
+    histogram, near_gray = np.zeros(65536), 0
+    for row in stored:
+        ab = row[::4, ::4, 1:].reshape(-1, 2).astype(np.int64)
+        histogram += np.bincount(ab[:, 0] * 256 + ab[:, 1], minlength=65536)
+        near_gray += np.hypot(*(ab.T - 128.0)).mean() < 2.5 * MIN_CHROMA
+    histogram = histogram.reshape(256, 256)
+    axis, total = np.arange(-128, 128), histogram.sum()
+    for name, marginal in (("a", histogram.sum(1)), ("b", histogram.sum(0))):
+        mean = (marginal * axis).sum() / total
+        print(f"{name}*: mean {mean:.1f}, spread {np.sqrt((marginal * (axis - mean) ** 2).sum() / total):.1f}")
+    print(f"near gray (mean chroma under {2.5 * MIN_CHROMA:g}): {near_gray / len(stored):.1%}")
+    write_preview(processed / "preview.png", ColorizeData(processed / "train.npy", train=True), histogram)
+    print(f"{processed / 'preview.png'}: samples as the network sees them (L, ab at L 60, colour) and the "
+          "histogram of ab")
+
+
+def ab_histogram(counts: np.ndarray) -> Image.Image:
+    """Counts (256, 256) of stored a and b as a picture: a to the right, b up, brighter is more."""
+    share = np.log1p(counts) / np.log1p(max(counts.max(), 1))
+    b, a = np.meshgrid(np.arange(127, -129, -1.0), np.arange(-128, 128.0), indexing="ij")
+    ab = np.stack([a, b], axis=-1).astype(np.float32)
+    L = (share.T[::-1] * 75).astype(np.float32)
+    return Image.fromarray(to_8_bit(linear_to_srgb(lab_to_linear(L, into_gamut(L, ab)))))
+
+
+
+def check_overlap(data: Path) -> None:
+    """ColorizeError if a photograph is in both train and val (equal content)."""
+    sizes, splits = {}, {split: find_photos(Path(data) / split) for split in ("train", "val")}
+    for path in splits["val"]:
+        sizes.setdefault(path.stat().st_size, []).append(path)
+    for path in splits["train"]:
+        for other in sizes.get(path.stat().st_size, []):
+            if content_hash(path) == content_hash(other):
+                raise ColorizeError(f"{path} and {other} are the same photograph, in train and in val; "
+                                    "delete one, or scores will flatter")
+
+
+def write_preview(path: Path, dataset: ColorizeData, histogram: np.ndarray) -> None:
+    """Eight samples as L | ab at L 60 | colour, and the histogram of ab."""
+    stored, _ = dataset.__getitems__(range(min(8, len(dataset))))
+    tiles = []
+    for lab in decode_lab(stored.permute(0, 2, 3, 1).numpy()):
+        gray, flat = lab.copy(), lab.copy()
+        gray[..., 1:], flat[..., 0] = 0, 60
+        flat[..., 1:] = into_gamut(flat[..., 0], flat[..., 1:])
+        tiles += [to_8_bit(lab_to_rgb(version)) for version in (gray, flat, lab)]
+    sheet = picture_sheet(tiles + [ab_histogram(histogram)], 6,
+                          ["L", "ab at L 60", "colour"] * (len(tiles) // 3) + ["histogram of ab"], 192)
+    write_whole(path, lambda name: sheet.save(name, "PNG"))
 
 
 # ---------------------------------------------------------------------------------- metrics
@@ -203,3 +361,69 @@ def draw_evaluation(path: Path, results: list, methods: dict, first: str) -> Non
                 captions.append(f"{short}: dE {scores[name]['ciede2000']:.1f}")
     sheet = picture_sheet(tiles, len(names) * (2 if len(names) < 4 else 1), captions, 200)
     write_whole(path, lambda name: sheet.save(name, "PNG"))
+
+
+# ------------------------------------------------------------------------- history and curves
+
+def write_history(path: Path, history: list[dict]) -> None:
+    """history.csv, a row an epoch."""
+    names = list(dict.fromkeys(name for row in history for name in row))
+
+    def write(temporary):
+        with open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(history)
+    write_whole(path, write)
+
+
+CURVES = {  # a panel each: title, columns, logarithmic
+    "loss": (["loss", "val_loss"], True),
+    "PSNR, dB": (["psnr"], False),
+    "colourfulness over the truth's": (["colorfulness"], False),
+    "learning rate": (["lr"], False),
+    "discriminator": (["d_loss", "d_real", "d_fake"], False),
+}
+COLORS = ["#1f5fbf", "#d06010", "#208040"]
+
+
+def draw_curves(path: Path, history: list[dict]) -> None:
+    """history.csv as a picture: a panel for each of CURVES that the history has."""
+    panels = [(title, [c for c in columns if c in history[-1]], log)
+              for title, (columns, log) in CURVES.items()]
+    panels = [panel for panel in panels if panel[1]]
+    width, height = 520, 300
+    picture = Image.new("RGB", (width * 2, height * -(-len(panels) // 2)), "white")
+    for i, (title, columns, log) in enumerate(panels):
+        draw_panel(ImageDraw.Draw(picture), i % 2 * width, i // 2 * height, width, height, title,
+                   {c: [(row["epoch"], row[c]) for row in history if c in row] for c in columns}, log)
+    write_whole(path, lambda name: picture.save(name, "PNG"))
+
+
+def draw_panel(draw, left: int, top: int, width: int, height: int, title: str, curves: dict,
+               log: bool) -> None:
+    """One chart: frame, ticks, labels, a line a curve, a legend."""
+    points = [point for curve in curves.values() for point in curve]
+    scale = (lambda y: math.log10(max(y, 1e-12))) if log else float
+    low, high = min(scale(y) for _, y in points), max(scale(y) for _, y in points)
+    margin = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
+    low, high, last = low - margin, high + margin, max(x for x, _ in points)
+    x0, y0, x1, y1 = left + 70, top + 30, left + width - 20, top + height - 40
+    place = lambda x, y: (x0 + (x1 - x0) * (x - 1) / max(last - 1, 1),
+                          y1 - (y1 - y0) * (scale(y) - low) / (high - low))
+    draw.rectangle((x0, y0, x1, y1), outline="black")
+    draw.text((x0, top + 8), title + " (log scale)" * log, "black", caption_font(14))
+    for i in range(5):
+        value = low + (high - low) * i / 4
+        y = y1 - (y1 - y0) * i / 4
+        draw.line((x0, y, x1, y), "#d0d0d0" if 0 < i < 4 else "black")
+        draw.text((x0 - 6, y), f"{10 ** value if log else value:.3g}", "black", caption_font(), "rm")
+        epoch = round(1 + (last - 1) * i / 4)
+        if last >= 5 or i in (0, 4):
+            draw.text((place(epoch, points[0][1])[0], y1 + 6), str(epoch), "black", caption_font(), "ma")
+    draw.text(((x0 + x1) / 2, y1 + 20), "epoch", "black", caption_font(), "ma")
+    for i, (name, curve) in enumerate(curves.items()):
+        color = COLORS[i]
+        line = [place(x, y) for x, y in curve]
+        draw.line(line, color, 2) if len(line) > 1 else draw.circle(line[0], 3, color)
+        draw.text((x1 - 6, y0 + 6 + 15 * i), name, color, caption_font(), "ra")

@@ -20,12 +20,13 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageColor
+from torch.nn import functional as F
 
-from basic_model import PRETRAINED, ColorNet, checkpoint_hash, load_checkpoint, upsample
-from colorize_data import (MAX_MEGAPIXELS, MIN_CHROMA, VERSION, ColorizeError, FlagError, Photo,
-                           choose_device, find_photos, gray_to_L, in_gamut, into_gamut, lab_to_linear,
-                           linear_to_srgb, ordered_map, picture_sheet, read_photo, rgb_to_lab, say,
-                           write_photo, write_whole)
+from basic_model import (PRETRAINED, ColorNet, checkpoint_hash, choose_device, load_checkpoint, tilt,
+                         upsample)
+from colorize_data import (MIN_CHROMA, VERSION, ColorizeError, FlagError, Photo, find_photos, gray_to_L,
+                           into_gamut, lab_to_linear, linear_to_srgb, ordered_map, picture_sheet,
+                           read_photo, rgb_to_lab, say, write_photo, write_whole)
 
 SIZE = 256                # short side at which the network works, by default
 STRIP = 1 << 20           # pixels of a strip: what is in memory at full resolution at a time
@@ -144,45 +145,6 @@ def spread_of(ab: np.ndarray) -> float:
     """Root mean square distance of ab (..., 2) from its mean."""
     ab = ab.reshape(-1, 2)
     return float(np.sqrt(((ab - ab.mean(axis=0)) ** 2).sum(axis=1).mean()))
-
-
-def tilt(probability: np.ndarray, colors: np.ndarray, target: np.ndarray,
-         start: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Move the mean colour of distributions by the smallest change in relative entropy.
-
-    probability (P, Q), colors (Q, 2), target (2,): p'(q) ~ p(q) exp(lambda . c_q) with one lambda for
-    all P, by Newton with step control on the convex mean log-partition less lambda . target, whose
-    gradient is (mean - target) and whose Hessian is the mean covariance. Returns p' and lambda. Out
-    of reach: the nearest that was found.
-    """
-    probability = probability.astype(np.float64)
-    colors, products = colors.astype(np.float64), np.einsum("qi,qj->qij", colors, colors).reshape(-1, 4)
-    vector = np.zeros(2) if start is None else start
-
-    def tilted(vector):
-        exponent = colors @ vector
-        weighted = probability * np.exp(exponent - exponent.max())
-        total = np.maximum(weighted.sum(axis=1, keepdims=True), 1e-300)
-        value = float(np.log(total).mean() + exponent.max() - vector @ target)
-        return weighted / total, value
-    current, value = tilted(vector)
-    for _ in range(50):
-        means = current @ colors
-        gradient = means.mean(axis=0) - target
-        if np.linalg.norm(gradient) < 0.02:
-            break
-        covariance = (current @ products).mean(axis=0).reshape(2, 2) - means.T @ means / len(means)
-        step = np.linalg.solve(covariance + 1e-4 * np.eye(2), gradient)
-        step *= min(1.0, 0.2 / np.linalg.norm(step))  # exp(0.2 * 110) is already the whole range
-        for _ in range(20):
-            trial, trial_value = tilted(vector - step)
-            if trial_value < value - 1e-4 * (step @ gradient):
-                break
-            step = step / 2
-        else:
-            break
-        vector, current, value = vector - step, trial, trial_value
-    return current, vector
 
 
 def move_mean(prediction: np.ndarray, L: np.ndarray, colors: np.ndarray | None,
@@ -345,22 +307,16 @@ class Enlarger:
         return np.stack([a + slope_a * detail, b + slope_b * detail], axis=-1)
 
 
-def box_mean(x: np.ndarray) -> np.ndarray:
-    """Mean over 3x3 neighbours of (h, w, ...), the border repeated."""
-    for axis in (0, 1):
-        padded = np.concatenate([x.take([0], axis), x, x.take([-1], axis)], axis)
-        n = x.shape[axis]
-        x = sum(padded.take(range(i, i + n), axis) for i in range(3)) / 3
-    return x
-
-
 def guide_slope(L: np.ndarray, ab: np.ndarray) -> np.ndarray:
     """The guided filter's mean coefficient (h, w, 2), ab units for a unit of L; radius 1."""
-    guide = L[..., None].astype(np.float64) / 100
-    mean, ab_mean = box_mean(guide), box_mean(ab)
-    variance = box_mean(guide ** 2) - mean ** 2
-    covariance = box_mean(guide * ab) - mean * ab_mean
-    return (box_mean(covariance / (variance + GUIDE_EPSILON)) / 100).astype(np.float32)
+    def mean(x):
+        return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+    guide = torch.from_numpy(L).double()[None] / 100
+    colors = torch.from_numpy(ab).double().permute(2, 0, 1)
+    variance = mean(guide ** 2) - mean(guide) ** 2
+    covariance = mean(guide * colors) - mean(guide) * mean(colors)
+    slope = mean(covariance / (variance + GUIDE_EPSILON)) / 100
+    return slope.permute(1, 2, 0).float().numpy()
 
 
 def finish(image: Image.Image, small: np.ndarray, ab: np.ndarray, hints: tuple = (),

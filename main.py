@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-COMMANDS = {"data": "colorize_data", "train": "train", "inference": "inference", "evaluate": "evaluate"}
+COMMANDS = {"data": "evaluate", "train": "train", "inference": "inference", "evaluate": "evaluate"}
 HERE = Path(__file__).resolve().parent
 
 

@@ -6,7 +6,6 @@
     torchrun --nproc_per_node=4 main.py train --data my_photos # several devices
 """
 
-import csv
 import math
 import os
 import signal
@@ -19,20 +18,18 @@ from typing import Literal
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageDraw
 from torch import distributed, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from basic_model import (AB_SCALE, ColorNet, Discriminator, color_bins, initialize, load_checkpoint,
-                         read_tensors, save_checkpoint)
-from colorize_data import (ColorizeData, ColorizeError, FlagError, as_is, caption_font, choose_device, class_names, decode_lab,
+from basic_model import (AB_SCALE, ColorNet, Discriminator, choose_device, color_bins, initialize,
+                         rarity_weights, read_tensors, save_checkpoint, soft_encode)
+from colorize_data import (ColorizeData, ColorizeError, FlagError, as_is, class_names, decode_lab,
                            lab_to_rgb, picture_sheet, prepare, progress, say, to_8_bit, write_whole)
-from evaluate import colorfulness, mean_ab_distance, psnr
+from evaluate import colorfulness, draw_curves, mean_ab_distance, psnr, write_history
 
 HUBER_DELTA = 11.0  # ab units: quadratic below, linear above
-NEIGHBOURS, SIGMA = 5, 5.0  # of the soft encoding (Zhang et al. 2016)
 BAD_STEPS = 10      # non-finite losses in a row that end a run
 COLLAPSE = 0.1      # a discriminator's mean loss under this has stopped to teach
 # these may differ between a run and its resumption; every other setting may not
@@ -58,21 +55,6 @@ def regression_loss(name: str, ab: torch.Tensor, true_ab: torch.Tensor,
     if chroma_weight:
         loss = loss * (1 + chroma_weight * true_ab.norm(dim=1, keepdim=True) / AB_SCALE)
     return loss.mean()
-
-
-def soft_encode(ab: torch.Tensor, bins: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """ab (P, 2) to its 5 nearest bins (P, 5) and their Gaussian weights (P, 5), which sum to one.
-
-    sigma 5 ab units; the nearest bin comes first (Zhang et al. 2016, section 2.2).
-    """
-    distance, nearest = torch.cdist(ab, bins).topk(NEIGHBOURS, dim=1, largest=False)
-    return nearest, torch.softmax(-distance ** 2 / (2 * SIGMA ** 2), dim=1)
-
-
-def rarity_weights(prior: torch.Tensor, rebalance: float) -> torch.Tensor:
-    """Class weights 1/((1-r)*prior + r/Q), mean 1 under the prior (Zhang et al. 2016, eq. 4)."""
-    weights = 1 / ((1 - rebalance) * prior + rebalance / len(prior))
-    return weights / (prior * weights).sum()
 
 
 class BinsLoss(nn.Module):
@@ -472,72 +454,6 @@ def picture_scores(lab: torch.Tensor, ab: torch.Tensor) -> list[float]:
     scores = [(mean_ab_distance(c, t[..., 1:]), psnr(m, r), colorfulness(m), colorfulness(r))
               for c, t, m, r in zip(ab, lab, made, true)]
     return np.sum(scores, axis=0).tolist()
-
-
-# ------------------------------------------------------------------------- history and curves
-
-def write_history(path: Path, history: list[dict]) -> None:
-    """history.csv, a row an epoch."""
-    names = list(dict.fromkeys(name for row in history for name in row))
-
-    def write(temporary):
-        with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(history)
-    write_whole(path, write)
-
-
-CURVES = {  # a panel each: title, columns, logarithmic
-    "loss": (["loss", "val_loss"], True),
-    "PSNR, dB": (["psnr"], False),
-    "colourfulness over the truth's": (["colorfulness"], False),
-    "learning rate": (["lr"], False),
-    "discriminator": (["d_loss", "d_real", "d_fake"], False),
-}
-COLORS = ["#1f5fbf", "#d06010", "#208040"]
-
-
-def draw_curves(path: Path, history: list[dict]) -> None:
-    """history.csv as a picture: a panel for each of CURVES that the history has."""
-    panels = [(title, [c for c in columns if c in history[-1]], log)
-              for title, (columns, log) in CURVES.items()]
-    panels = [panel for panel in panels if panel[1]]
-    width, height = 520, 300
-    picture = Image.new("RGB", (width * 2, height * -(-len(panels) // 2)), "white")
-    for i, (title, columns, log) in enumerate(panels):
-        draw_panel(ImageDraw.Draw(picture), i % 2 * width, i // 2 * height, width, height, title,
-                   {c: [(row["epoch"], row[c]) for row in history if c in row] for c in columns}, log)
-    write_whole(path, lambda name: picture.save(name, "PNG"))
-
-
-def draw_panel(draw, left: int, top: int, width: int, height: int, title: str, curves: dict,
-               log: bool) -> None:
-    """One chart: frame, ticks, labels, a line a curve, a legend."""
-    points = [point for curve in curves.values() for point in curve]
-    scale = (lambda y: math.log10(max(y, 1e-12))) if log else float
-    low, high = min(scale(y) for _, y in points), max(scale(y) for _, y in points)
-    margin = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
-    low, high, last = low - margin, high + margin, max(x for x, _ in points)
-    x0, y0, x1, y1 = left + 70, top + 30, left + width - 20, top + height - 40
-    place = lambda x, y: (x0 + (x1 - x0) * (x - 1) / max(last - 1, 1),
-                          y1 - (y1 - y0) * (scale(y) - low) / (high - low))
-    draw.rectangle((x0, y0, x1, y1), outline="black")
-    draw.text((x0, top + 8), title + " (log scale)" * log, "black", caption_font(14))
-    for i in range(5):
-        value = low + (high - low) * i / 4
-        y = y1 - (y1 - y0) * i / 4
-        draw.line((x0, y, x1, y), "#d0d0d0" if 0 < i < 4 else "black")
-        draw.text((x0 - 6, y), f"{10 ** value if log else value:.3g}", "black", caption_font(), "rm")
-        epoch = round(1 + (last - 1) * i / 4)
-        if last >= 5 or i in (0, 4):
-            draw.text((place(epoch, points[0][1])[0], y1 + 6), str(epoch), "black", caption_font(), "ma")
-    draw.text(((x0 + x1) / 2, y1 + 20), "epoch", "black", caption_font(), "ma")
-    for i, (name, curve) in enumerate(curves.items()):
-        color = COLORS[i]
-        line = [place(x, y) for x, y in curve]
-        draw.line(line, color, 2) if len(line) > 1 else draw.circle(line[0], 3, color)
-        draw.text((x1 - 6, y0 + 6 + 15 * i), name, color, caption_font(), "ra")
 
 
 # ------------------------------------------------------------------------------- the command

@@ -1,0 +1,60 @@
+"""Photographs made in memory and tiny trained checkpoints, once a session, in temporary folders."""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.pop("COLORIZE_TRACEBACK", None)
+
+from basic_model import ColorNet, color_bins, save_checkpoint  # noqa: E402
+from colorize_data import lab_to_rgb, to_8_bit  # noqa: E402
+
+
+def made_photo(seed: int, width: int = 96, height: int = 80) -> Image.Image:
+    """Coloured discs on a gradient, a different one for each seed: lightness and colour vary."""
+    random = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width] / max(width, height)
+    lab = np.stack([30 + 50 * y, 20 * np.cos(x * 3 + seed), 30 * np.sin(y * 4 + seed)], axis=-1)
+    for _ in range(4):
+        cx, cy, radius = random.uniform(0.1, 0.9, 3) * [1, 1, 0.3]
+        lab[np.hypot(x - cx, y - cy) < radius] = random.uniform([25, -45, -45], [85, 45, 45])
+    return Image.fromarray(to_8_bit(lab_to_rgb(lab.astype(np.float32))))
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """A data folder: 8 photographs in train in two class folders, 4 in val."""
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(12):
+        path = folder / ("train" if i < 8 else "val") / ("round" if i % 2 else "square") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made_photo(i).save(path)
+    return folder
+
+
+def make_checkpoint(path: Path, head: str) -> Path:
+    """A small network with colourful, seeded random weights: resnet18 to stride 8, head ab or bins."""
+    torch.manual_seed(1)
+    bins = color_bins()
+    model = ColorNet(stages=2, head=head, colors={"bins": bins, "prior": torch.full((len(bins),), 1 / len(bins)),
+                                                  "temperature": 1.0})
+    with torch.no_grad():
+        model.head.weight.mul_(30)
+        if head == "bins":  # likely colours near gray, as in photographs
+            model.head.bias.copy_(-bins.norm(dim=1) / 15)
+    save_checkpoint(path, model.eval(), mean_ab=torch.zeros(101, 2), classes=[], training={})
+    return path
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory) -> dict[str, Path]:
+    """{"ab": path, "bins": path}."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {head: make_checkpoint(folder / f"{head}.tar", head) for head in ("ab", "bins")}
