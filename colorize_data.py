@@ -5,6 +5,7 @@ Used by every command; the arrays are built by train, or by itself: python main.
 Units: L is 0..100, ab are CIE units, Lab is that of sRGB under D65 and the 2-degree observer.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -32,6 +33,15 @@ MIN_SIDE = 64      # smaller photographs teach little
 MIN_CHROMA = 2.0   # mean chroma under this: a gray photograph teaches gray
 MAX_MEGAPIXELS = 300
 NOT_PHOTOGRAPHS = {"PDF", "EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "FITS"}
+QUALITY = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True},
+           "AVIF": {"quality": 95, "subsampling": "4:4:4"}}
+# what EXIF says of the photograph; the other tags tell how one file lays out its pixels
+KEPT_TAGS = {ExifTags.Base[name] for name in (
+    "DocumentName", "ImageDescription", "Make", "Model", "XResolution", "YResolution", "PageName",
+    "ResolutionUnit", "DateTime", "Artist", "HostComputer", "Copyright", "ExifOffset", "GPSInfo",
+    "XPTitle", "XPComment", "XPAuthor", "XPKeywords", "XPSubject", "Rating")}
+
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged metadata: the pixels matter
 
 
 class ColorizeError(Exception):
@@ -114,14 +124,11 @@ def rgb_to_lab(rgb: np.ndarray) -> np.ndarray:
 
 def gray_to_L(gray: np.ndarray) -> np.ndarray:
     """L of gray sRGB values (uint8, uint16, or float in 0..1), any shape, float32 in 0..100."""
-    if gray.dtype in (np.uint8, np.uint16):
-        top = np.iinfo(gray.dtype).max
-        return gray_to_L(np.arange(top + 1, dtype=np.float64) / top)[gray]
-    return (116 * _lab_curve(srgb_to_linear(gray)) - 16).astype(np.float32)
+    return 116 * _lab_curve(srgb_to_linear(gray)) - 16
 
 
 def lab_to_linear(L: np.ndarray, ab: np.ndarray) -> np.ndarray:
-    """L (...) and ab (..., 2) to linear sRGB (..., 3), not clipped: outside 0..1 is out of gamut."""
+    """L (...) and ab (..., 2) to linear sRGB (..., 3), outside 0..1 where out of gamut."""
     y = (L + 16) / np.float32(116)
     f = np.stack([y + ab[..., 0] / 500, y, np.maximum(y - ab[..., 1] / 200, 0)], axis=-1)
     xyz = np.where(f > 0.2068966, f ** 3, (f - np.float32(16 / 116)) / np.float32(7.787)) * WHITE
@@ -183,14 +190,20 @@ class Photo(NamedTuple):
     note: str                   # what a user should know of the reading, or ""
 
 
+def photo_formats() -> list[str]:
+    """Pillow's formats that hold photographs (an EPS would be run by Ghostscript)."""
+    Image.init()
+    return [kind for kind in Image.ID if kind not in NOT_PHOTOGRAPHS]
+
+
 def find_photos(folder: Path) -> list[Path]:
     """Every photograph below a folder, sorted; hidden and other files are passed over.
 
     Links are followed, each real folder once, so that a loop of links ends.
     """
-    Image.init()
+    formats = photo_formats()
     extensions = {extension for extension, kind in Image.registered_extensions().items()
-                  if kind in Image.OPEN and kind not in NOT_PHOTOGRAPHS}
+                  if kind in formats}
     found, seen = [], set()
     for root, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
@@ -199,31 +212,10 @@ def find_photos(folder: Path) -> list[Path]:
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(root, name) for name in names
-                  if not name.startswith(".") and Path(name).suffix.lower() in extensions]
+        paths = [Path(root, name) for name in names if not name.startswith(".")]
+        found += [path for path in paths  # no pipe, no link to nothing
+                  if path.suffix.lower() in extensions and os.path.isfile(path)]
     return sorted(found)
-
-
-def open_photo(path: Path, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:
-    """Open a photograph with Pillow, not yet decoded; ColorizeError for what is none."""
-    Image.MAX_IMAGE_PIXELS = None  # raised on purpose: max_megapixels is checked below
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ColorizeError(f"{path}: not a file; name a photograph or a folder of them")
-        image = Image.open(path)
-    except FileNotFoundError:
-        raise ColorizeError(f"{path}: no such file; check the path") from None
-    except PermissionError:
-        raise ColorizeError(f"{path}: permission denied; check who may read it") from None
-    except ColorizeError:
-        raise
-    except Exception as error:  # Pillow's readers raise many kinds on hostile files
-        raise ColorizeError(f"{path}: not a photograph that Pillow can read "
-                            f"({type(error).__name__}); export it as PNG or JPEG") from None
-    if image.width * image.height > max_megapixels * 1e6:
-        raise ColorizeError(f"{path}: {image.width * image.height / 1e6:.0f} megapixels are over "
-                            f"the limit of {max_megapixels:g}; raise --max_megapixels")
-    return image
 
 
 def read_photo(path: Path, page: int = 0, at_least: int | None = None,
@@ -232,34 +224,60 @@ def read_photo(path: Path, page: int = 0, at_least: int | None = None,
 
     `at_least`: a JPEG may be decoded smaller, its sides no less than this. Raises ColorizeError.
     """
-    image = open_photo(path, max_megapixels)
+    Image.MAX_IMAGE_PIXELS = max_megapixels * 1e6  # for what lies inside an icon, too
     try:
-        with warnings.catch_warnings():  # damaged metadata: the pixels matter
-            warnings.simplefilter("ignore")
-            pages = getattr(image, "n_frames", 1) if image.format in ("TIFF", "MPO") else 1
-            if page:
-                image.seek(page)
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ColorizeError(f"{path}: not a file; name a photograph or a folder of them")
+        with Image.open(path, formats=photo_formats()) as image:
+            pages = image.n_frames if image.format == "TIFF" else 1
+            image.seek(page)
+            if image.width * image.height > max_megapixels * 1e6:
+                raise Image.DecompressionBombError
             if at_least:
                 image.draft(None, (at_least, at_least))
-            bits = image.tag_v2.get(258, (8,)) if image.format == "TIFF" else (8,)
-            if image.format == "PNG" and image.tile and "16" in str(image.tile[0][3]):
-                bits = (16,)
-            image.load()
-            info = {"exif": image.getexif(), "dpi": image.info.get("dpi"),
-                    "text": dict(getattr(image, "text", None) or {})}
-            profile = image.info.get("icc_profile")
-            upright = ImageOps.exif_transpose(image)
-            info["exif"].pop(ExifTags.Base.Orientation, None)
-            pixels, alpha = split_alpha(upright)
-            pixels, note = to_srgb(pixels, profile)
-    except (MemoryError, KeyboardInterrupt):
+            return decode_photo(image, pages)
+    except ColorizeError:
         raise
-    except Exception as error:
-        raise ColorizeError(f"{path}: damaged or incomplete ({type(error).__name__}: "
-                            f"{str(error)[:80]}); repair or export it again") from None
-    if pixels.mode == "RGB" and max(bits) > 8:
-        note = "16-bit colour was read as 8-bit"
-    return Photo(pixels, alpha, info, 1 if image.format == "MPO" else pages, note)
+    except FileNotFoundError:
+        raise ColorizeError(f"{path}: no such file; check the path") from None
+    except PermissionError:
+        raise ColorizeError(f"{path}: permission denied; check who may read it") from None
+    except Image.DecompressionBombError:
+        raise ColorizeError(f"{path}: over the limit of {max_megapixels:g} megapixels; reduce it, "
+                            "or raise --max_megapixels") from None
+    except Exception as error:  # Pillow's readers raise many kinds on hostile files
+        raise ColorizeError(f"{path}: cannot be read as a photograph ({type(error).__name__}: "
+                            f"{str(error)[:80]}); repair it, or export it as PNG or JPEG") from None
+
+
+def decode_photo(image: Image.Image, pages: int) -> Photo:
+    """An opened image as Photo."""
+    layout = str(image.tile[:1])  # how the decoder unpacks it; gone once it is loaded
+    image.load()
+    dpi, profile = image.info.get("dpi"), image.info.get("icc_profile")
+    text = {key: value for key, value in (getattr(image, "text", None) or {}).items()
+            if not key.startswith(("XML:", "Raw profile"))}  # these repeat the orientation
+    pixels, exif = upright(image)
+    pixels, alpha = split_alpha(pixels)
+    pixels, note = to_srgb(pixels, profile)
+    if pixels.mode != "I;16" and (";16" in layout or "65535" in layout):
+        note = "; ".join(filter(None, ["16-bit colour was read as 8-bit", note]))
+    info = {"exif": exif, "dpi": dpi if dpi and all(0 < x < 1e5 for x in dpi) else None,
+            "text": text}
+    return Photo(pixels, alpha, info, pages, note)
+
+
+def upright(image: Image.Image) -> tuple[Image.Image, Image.Exif]:
+    """The image turned as its EXIF says, and of that what stays true of a coloured copy."""
+    try:
+        exif = image.getexif()
+        image = ImageOps.exif_transpose(image)
+        for tag in set(exif) - KEPT_TAGS:
+            del exif[tag]
+        exif.tobytes()
+        return image, exif
+    except Exception:  # a damaged block ends in many kinds; the pixels matter
+        return image, Image.Exif()
 
 
 def split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
@@ -285,25 +303,25 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, str
         return ImageCms.profileToProfile(image, lab, srgb(), outputMode="RGB"), ""
     elif mode not in ("L", "RGB", "CMYK"):
         image = image.convert("L" if mode == "1" else "RGB")
-    if profile:
-        try:
-            source = ImageCms.ImageCmsProfile(BytesIO(profile))
-            if image.mode in ("L", "I;16"):  # a curve: find it from a ramp of all 256 grays
-                ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
-                ramp = ImageCms.profileToProfile(ramp, source, srgb(), outputMode="RGB")
-                return apply_curve(image, np.asarray(ramp)[0, :, 1]), ""
-            return ImageCms.profileToProfile(image, source, srgb(), outputMode="RGB"), ""
-        except (ImageCms.PyCMSError, OSError, ValueError):
-            return (image.convert("RGB") if image.mode == "CMYK" else image,
-                    "its colour profile is damaged or does not fit and was not used")
-    return image.convert("RGB") if image.mode == "CMYK" else image, ""
+    plain = image.convert("RGB") if mode == "CMYK" else image
+    if not profile:
+        return plain, ""
+    try:
+        source = ImageCms.ImageCmsProfile(BytesIO(profile))
+        if image.mode in ("L", "I;16"):  # a curve: find it from a ramp of all 256 grays
+            ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
+            ramp = ImageCms.profileToProfile(ramp, source, srgb(), outputMode="RGB")
+            return apply_curve(image, np.asarray(ramp)[0, :, 1]), ""
+        return ImageCms.profileToProfile(image, source, srgb(), outputMode="RGB"), ""
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return plain, "its colour profile is damaged or does not fit and was not used"
 
 
 def to_16_bit(image: Image.Image) -> Image.Image:
     """Modes I;16*, I and F to I;16. I beyond 16 bits and F are scaled from their own range."""
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-        values = np.nan_to_num(values.astype(np.float32), posinf=0, neginf=0)
+        values = np.nan_to_num(values.astype(np.float64), posinf=0, neginf=0)
         low, high = values.min(), values.max()
         values = (values - low) * (65535 / max(high - low, 1e-12))
     return Image.fromarray(np.ascontiguousarray(values.astype(np.uint16)))
@@ -321,24 +339,21 @@ def srgb() -> ImageCms.ImageCmsProfile:
     return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 
 
-def free_name(path: Path) -> Path:
-    """A hidden name beside a file, for writing it before it gets its own name."""
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
-
-
 def write_whole(path: Path, write) -> None:
     """Call write(temporary path) and rename; on any failure nothing is left. OSErrors get a line."""
-    temporary = free_name(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         os.replace(temporary, path)
-    except OSError as error:
-        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or error
+    except (OSError, ValueError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC
+        reason = "the disk is full" if full else getattr(error, "strerror", None) or error
         raise ColorizeError(f"{path}: cannot be written ({reason}); "
                             "free some space or name another place") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # also where its folder is none
+            temporary.unlink()
 
 
 def write_photo(path: Path, pages: list, photo: Photo, description: str = "") -> None:
@@ -350,86 +365,95 @@ def write_photo(path: Path, pages: list, photo: Photo, description: str = "") ->
     if kind is None or kind not in Image.SAVE:
         raise ColorizeError(f"{path}: '{path.suffix}' is no picture format that can be written; "
                             "use .png, .jpg, .tif or .webp")
-    exif = photo.info["exif"]
-    exif[ExifTags.Base.Software] = f"colorize {VERSION}"
+    software, exif, dpi = f"colorize {VERSION}", photo.info["exif"], photo.info["dpi"]
+    exif[ExifTags.Base.Software] = software
     exif[ExifTags.Base.ImageDescription] = "; ".join(
         filter(None, [str(exif.get(ExifTags.Base.ImageDescription, "")), description]))
-    options = {"exif": exif, "icc_profile": srgb().tobytes()}
-    if photo.info["dpi"]:
-        options["dpi"] = photo.info["dpi"]
-    if kind == "JPEG":
-        options |= {"quality": 95, "subsampling": 0}
-    if kind == "WEBP":
-        options |= {"lossless": True}
-    if kind == "PNG":
-        options["pnginfo"] = text = PngImagePlugin.PngInfo()
-        for key, value in (photo.info["text"] | {"Software": f"colorize {VERSION}",
-                                                 "Description": description}).items():
-            text.add_itxt(key, str(value))
+    options = {"icc_profile": srgb().tobytes()} | QUALITY.get(kind, {})
     if kind == "TIFF" and len(pages) > 1:
         options |= {"save_all": True, "append_images": pages[1:]}
+    metadata = {"exif": exif} | ({"dpi": dpi} if dpi else {})
+    if kind == "PNG":
+        metadata["pnginfo"] = text = PngImagePlugin.PngInfo()
+        own = {"Software": software, "Description": description}
+        for key, value in (photo.info["text"] | own).items():
+            text.add_itxt(key, str(value))
 
     def write(temporary):
-        if isinstance(pages[0], np.ndarray):
-            from skimage import io
-            resolution = tuple(float(x) for x in photo.info["dpi"] or (72, 72))
-            io.imsave(str(temporary), pages[0], plugin="tifffile", check_contrast=False,
-                      photometric="rgb", resolution=resolution, resolutionunit="INCH",
-                      software=f"colorize {VERSION}", description=description.encode("ascii", "replace"),
-                      iccprofile=options["icc_profile"], metadata=None)
-            return
         first = pages[0]
+        if isinstance(first, np.ndarray):
+            return write_deep(temporary, first, exif, dpi, options["icc_profile"])
         if first.mode == "RGBA" and kind in ("JPEG", "BMP", "PPM"):
             first = first.convert("RGB")  # these have no alpha
         try:
-            first.save(temporary, format=kind, **options)
-        except (ValueError, TypeError, KeyError, SystemError) as error:  # metadata it cannot carry
-            if first.mode not in ("RGB", "RGBA"):
-                raise
+            first.save(temporary, format=kind, **options, **metadata)
+        except OSError:
+            raise
+        except Exception as error:  # old metadata that this format cannot carry
             say(f"{path.name}: written without its old metadata ({error})")
-            first.save(temporary, format=kind)
+            first.save(temporary, format=kind, **options)
     write_whole(path, write)
+
+
+def write_deep(path: Path, pixels: np.ndarray, exif: Image.Exif, dpi, profile: bytes) -> None:
+    """Write uint16 (H, W, 3) as TIFF, which Pillow cannot, with the texts of its EXIF."""
+    import tifffile  # comes with scikit-image
+    texts = {tag: str(value).encode("ascii", "replace") for tag, value in exif.items()
+             if isinstance(value, str)}
+    software, about = texts.pop(ExifTags.Base.Software), texts.pop(ExifTags.Base.ImageDescription)
+    tifffile.imwrite(path, pixels, photometric="rgb", resolution=tuple(map(float, dpi or (72, 72))),
+                     resolutionunit="INCH", software=software, description=about, metadata=None,
+                     iccprofile=profile, extratags=[(tag, "s", 0, text, True)
+                                                    for tag, text in texts.items()])
 
 
 # ------------------------------------------------------------------------------- the arrays
 
 def prepare(data: Path, val_fraction: float = 0.1, workers: int | None = None) -> dict:
-    """Build DATA/processed from DATA/train and DATA/val, or reuse it; {"train": manifest, "val": ...}.
+    """Build DATA/processed from DATA/train and DATA/val, or reuse it; a manifest for each split.
 
     Without photographs in val, a `val_fraction` of train is set aside by a hash of the content.
     """
-    data = Path(data)
+    data, workers = Path(data), workers or os.cpu_count() or 1
     sources = {split: find_photos(data / split) for split in ("train", "val")}
     if not sources["train"]:
-        raise ColorizeError(f"no photograph below {data / 'train'}; put some there, or name another "
-                            "folder that holds train/ (and val/) with --data")
-    listing = [[split, path.relative_to(data).as_posix(), path.stat().st_size, path.stat().st_mtime_ns]
-               for split in sources for path in sources[split]]
+        raise ColorizeError(f"no photograph below {data / 'train'}; put some there, or name "
+                            "another folder that holds train/ (and val/) with --data")
     split_by_hash = not sources["val"]
+    listing = [file_key(data, path) for paths in sources.values() for path in paths]
     key = [ARRAY_FORMAT, SIDE, val_fraction if split_by_hash else None, listing]
     fingerprint = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     processed = data / "processed"
-    manifests = {split: read_manifest(processed / f"{split}.json", fingerprint) for split in sources}
+    manifests = {split: read_manifest(processed / f"{split}.json", fingerprint)
+                 for split in sources}
     if all(manifests.values()):
         return manifests
     if (processed / "train.json").exists():
         say(f"{processed}: the photographs have changed; building the arrays again")
     need, free = len(listing) * SIDE * SIDE * 3, free_space(data)
     if need > free:
-        raise ColorizeError(f"{processed}: the arrays need {need / 1e9:.1f} GB and {free / 1e9:.1f} GB "
-                            "are free; make room, or put --data on another disk")
+        raise ColorizeError(f"{processed}: the arrays need {need / 1e9:.1f} GB and "
+                            f"{free / 1e9:.1f} GB are free; make room, or put --data elsewhere")
     if split_by_hash:
-        apart = {path for path in sources["train"] if in_validation(path, val_fraction)}
-        sources = {"train": [p for p in sources["train"] if p not in apart], "val": sorted(apart)}
-        say(f"no photographs in {data / 'val'}: {len(apart)} of {data / 'train'} are set aside "
-            "for validation, by a hash of their content")
-    for split in ("train", "val"):
-        manifests[split] = build_array(data, split, sources[split], fingerprint, workers)
+        photographs, sources = sources["train"], {"train": [], "val": []}
+        aside = ordered_map(lambda path: in_validation(path, val_fraction), photographs, workers)
+        for path, in_val in zip(photographs, aside):
+            sources["val" if in_val else "train"].append(path)
+        say(f"no photographs in {data / 'val'}: {len(sources['val'])} of {data / 'train'} are "
+            "set aside for validation, by a hash of their content")
+    manifests = {split: build_array(data, split, paths, fingerprint, workers)
+                 for split, paths in sources.items()}
     if not manifests["train"]["photographs"]:
         reasons = Counter(manifests["train"]["left_out"].values())
         raise ColorizeError(f"no usable colour photograph below {data / 'train'}: "
                             + ", ".join(f"{count} {reason}" for reason, count in reasons.items()))
     return manifests
+
+
+def file_key(data: Path, path: Path) -> list:
+    """What tells whether a photograph has changed: name, bytes, time."""
+    status = path.stat()
+    return [path.relative_to(data).as_posix(), status.st_size, status.st_mtime_ns]
 
 
 def free_space(folder: Path) -> int:
@@ -444,7 +468,10 @@ def content_hash(path: Path) -> str:
 
 def in_validation(path: Path, fraction: float) -> bool:
     """Whether a photograph belongs to validation: by its content, so that others never move it."""
-    return int(content_hash(path)[:8], 16) < fraction * 16 ** 8
+    try:
+        return int(content_hash(path)[:8], 16) < fraction * 16 ** 8
+    except OSError:  # it will be counted among the unreadable
+        return False
 
 
 def read_manifest(path: Path, fingerprint: str) -> dict | None:
@@ -452,9 +479,9 @@ def read_manifest(path: Path, fingerprint: str) -> dict | None:
     try:
         manifest = json.loads(path.read_text())
         array = np.load(path.with_suffix(".npy"), mmap_mode="r")
-    except (OSError, ValueError):
+        good = len(array) == len(manifest["photographs"]) and manifest["fingerprint"] == fingerprint
+    except (OSError, EOFError, ValueError, TypeError, KeyError):  # none, or damaged
         return None
-    good = manifest.get("fingerprint") == fingerprint and len(array) == len(manifest["photographs"])
     return manifest if good else None
 
 
@@ -476,7 +503,7 @@ def lab_square(path: Path) -> tuple[np.ndarray | None, str]:
 
 
 def build_array(data: Path, split: str, paths: list[Path], fingerprint: str,
-                workers: int | None = None) -> dict:
+                workers: int) -> dict:
     """Write processed/SPLIT.npy and then its manifest; returns the manifest.
 
     The rows are streamed to the file behind a header that is filled in at the end, so that memory
@@ -490,9 +517,10 @@ def build_array(data: Path, split: str, paths: list[Path], fingerprint: str,
         np.lib.format.write_array_header_1_0(file, description)  # padded: its length stays
 
     def write(temporary):
+        (processed / f"{split}.json").unlink(missing_ok=True)  # the old one no longer holds
         with open(temporary, "wb") as file:
             header(file, 0)
-            squares = ordered_map(lab_square, paths, workers or os.cpu_count() or 1)
+            squares = ordered_map(lab_square, paths, workers)
             for path, (lab, reason) in zip(paths, progress(squares, len(paths), f"{split} arrays")):
                 name = path.relative_to(data)
                 if lab is None:
@@ -501,11 +529,10 @@ def build_array(data: Path, split: str, paths: list[Path], fingerprint: str,
                 file.write(lab.tobytes())
                 # the class is the first folder under the split, be it train/ or one set apart
                 label = name.parts[1] if len(name.parts) > 2 else None
-                photographs.append([name.as_posix(), path.stat().st_size, path.stat().st_mtime_ns, label])
+                photographs.append([*file_key(data, path), label])
             file.seek(0)
             header(file, len(photographs))
 
-    (processed / f"{split}.json").unlink(missing_ok=True)  # the old one no longer holds
     write_whole(processed / f"{split}.npy", write)
     for reason, count in Counter(left_out.values()).items():
         names = [name for name, why in left_out.items() if why == reason]
@@ -523,32 +550,33 @@ def class_names(manifest: dict) -> list[str]:
 
 
 class ColorizeData(torch.utils.data.Dataset):
-    """Batches of stored Lab, gathered from a memory-mapped array.
+    """Batches of stored Lab, gathered from memory-mapped arrays, one after the other.
 
     Sample n is number n of an endless stream: epoch n // len, position n % len, shuffled and
     augmented (flip, random resized crop, film) where `train`, and every draw a function of
     (seed, n) alone. Yields Lab uint8 (N, 3, size, size) and class numbers (N,), -1 for none.
     """
 
-    def __init__(self, array: Path, labels=None, size: int = SIDE, train: bool = False,
+    def __init__(self, arrays: list[Path], labels=None, size: int = SIDE, train: bool = False,
                  crop: bool = True, film: bool = False, seed: int = 0, limit: int | None = None):
-        self.path, self.size, self.train = str(array), size, train
+        self.paths, self.size, self.train = [str(path) for path in arrays], size, train
         self.crop, self.film, self.seed = crop, film, seed
-        count = len(np.load(self.path, mmap_mode="r"))
+        self.starts = np.cumsum([0] + [len(np.load(path, mmap_mode="r")) for path in self.paths])
+        count = int(self.starts[-1])
         self.chosen = np.arange(count)
         if limit and limit < count:  # a fair sample, whatever the order of the files
             self.chosen = np.sort(np.random.default_rng(0).permutation(count)[:limit])
         self.labels = np.full(count, -1) if labels is None else np.asarray(labels)
-        self._array, self._order = None, (None, None)
+        self._arrays, self._order = None, (None, None)
 
     def __len__(self) -> int:
         return len(self.chosen)
 
     def __getstate__(self):  # a pickled memory map would carry its whole array
-        return self.__dict__ | {"_array": None}
+        return self.__dict__ | {"_arrays": None, "_order": (None, None)}
 
     def row(self, n: int) -> int:
-        """The row of the array that sample n is made from."""
+        """The row that sample n is made from."""
         epoch, position = divmod(n, len(self))
         if not self.train:
             return self.chosen[position]
@@ -556,14 +584,18 @@ class ColorizeData(torch.utils.data.Dataset):
             self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self))
         return self.chosen[self._order[1][position]]
 
+    def stored(self, row: int) -> np.ndarray:
+        """A copy of one row (SIDE, SIDE, 3) of the arrays, counted through all of them."""
+        if self._arrays is None:
+            self._arrays = [np.load(path, mmap_mode="r") for path in self.paths]
+        which = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return np.array(self._arrays[which][row - self.starts[which]])
+
     def sample(self, n: int) -> tuple[torch.Tensor, int]:
-        if self._array is None:
-            self._array = np.load(self.path, mmap_mode="r")
         row = self.row(n)
-        lab = torch.from_numpy(np.array(self._array[row])).permute(2, 0, 1)
+        lab = torch.from_numpy(self.stored(row)).permute(2, 0, 1)
         if self.train:
-            random = np.random.default_rng([self.seed, n, 1])
-            lab = self.augment(lab, random)
+            lab = self.augment(lab, np.random.default_rng([self.seed, n, 1]))
         elif self.size != SIDE:
             lab = transforms.resize(lab, [self.size, self.size], antialias=True)
         return lab, int(self.labels[row])
@@ -616,7 +648,7 @@ def caption_font(size: int = 12):
 
 def picture_sheet(tiles: list, columns: int, captions: list[str] | None = None,
                   side: int = 256) -> Image.Image:
-    """Pictures (Pillow, or uint8 arrays) in a grid, each fitted into side x side, captions below."""
+    """Pictures (Pillow, or uint8 arrays) in a grid, fitted into side x side, captions below."""
     line = 16 if captions else 0
     rows = -(-len(tiles) // columns)
     sheet = Image.new("RGB", (columns * (side + 4) + 4, rows * (side + 4 + line) + 4), "white")

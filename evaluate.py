@@ -145,7 +145,7 @@ def data(*, data: Path = Path("data/input"), source: Path | None = None, val_fra
         mean = (marginal * axis).sum() / total
         print(f"{name}*: mean {mean:.1f}, spread {np.sqrt((marginal * (axis - mean) ** 2).sum() / total):.1f}")
     print(f"near gray (mean chroma under {2.5 * MIN_CHROMA:g}): {near_gray / len(stored):.1%}")
-    write_preview(processed / "preview.png", ColorizeData(processed / "train.npy", train=True), histogram)
+    write_preview(processed / "preview.png", ColorizeData([processed / "train.npy"], train=True), histogram)
     print(f"{processed / 'preview.png'}: samples as the network sees them (L, ab at L 60, colour) and the "
           "histogram of ab")
 

@@ -8,11 +8,13 @@
 L of the photograph is kept to rounding; the network only adds ab.
 """
 
+import http.client
 import tempfile
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
+from collections import Counter
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -26,11 +28,11 @@ from basic_model import (PRETRAINED, ColorNet, checkpoint_hash, choose_device, l
                          upsample)
 from colorize_data import (MIN_CHROMA, VERSION, ColorizeError, FlagError, Photo, find_photos, gray_to_L,
                            into_gamut, lab_to_linear, linear_to_srgb, ordered_map, picture_sheet,
-                           read_photo, rgb_to_lab, say, write_photo, write_whole)
+                           read_photo, rgb_to_lab, say, write_photo)
 
 SIZE = 256                # short side at which the network works, by default
 STRIP = 1 << 20           # pixels of a strip: what is in memory at full resolution at a time
-BATCH = 8                 # photographs of equal shape that the network sees at once
+BATCH, BATCH_PIXELS = 8, 50e6  # photographs that wait for the network together, and their pixels
 MAX_DOWNLOAD = 200 << 20  # bytes
 GUIDE_EPSILON = 1e-3      # of the guided filter, for L in 0..1
 HINT_SIGMA, HINT_MU = 0.04, 1e-5  # of the hints' spreading: L difference in 0..1; pull to zero
@@ -68,8 +70,8 @@ class Controls(NamedTuple):
 
 class Result(NamedTuple):
     image: Image.Image | np.ndarray  # RGB, or uint16 (H, W, 3)
-    wanted: np.ndarray | None        # mean ab asked for
-    mean_ab: np.ndarray              # mean ab of `image`
+    mean_ab: np.ndarray              # of `image`
+    wanted: np.ndarray | None = None  # mean ab asked for
 
 
 # -------------------------------------------------------------------------------- controls
@@ -91,7 +93,7 @@ def read_mean_color(text: str) -> tuple[float, float]:
         a, b = (float(part) for part in text.split(","))
     except ValueError:
         raise FlagError(f"--mean_color '{text}': write #rrggbb, or a,b in CIE units") from None
-    if max(abs(a), abs(b)) > 128:
+    if not (abs(a) <= 128 and abs(b) <= 128):  # nan is not
         raise FlagError(f"--mean_color {text}: a and b are within -128..128")
     return a, b
 
@@ -125,20 +127,18 @@ def read_controls(mood: str | None = None, mean_color: str | None = None,
     if mood is not None and mood not in MOODS:
         raise FlagError(f"--mood {mood}: choose one of {', '.join(MOODS)}")
     bundle = MOODS[mood] if mood else Mood((0, 0))
-    controls = Controls(  # explicit flags override a mood's own, which strength scales
+    target = spread = None
+    if mean_color is not None:
+        target = read_mean_color(mean_color)
+    if reference is not None:
+        small = working_copy(read_photo(Path(reference)).image, 256).convert("RGB")
+        ab = rgb_to_lab(np.asarray(small))[..., 1:]
+        target, spread = tuple(ab.mean(axis=(0, 1)).tolist()), spread_of(ab)
+    return Controls(  # explicit flags override a mood's own, which strength scales
         1 + strength * (bundle.saturation - 1) if saturation is None else saturation,
         bundle.vividness ** strength if vividness is None else vividness,
-        strength=strength, hints=read_hints(hints or ""))
-    if bundle.shift != (0, 0) and strength:
-        return controls._replace(shift=bundle.shift)
-    if mean_color is not None and strength:
-        return controls._replace(target=read_mean_color(mean_color))
-    if reference is not None and strength:
-        small = read_photo(Path(reference)).image.convert("RGB")
-        small.thumbnail((256, 256))
-        ab = rgb_to_lab(np.asarray(small))[..., 1:].reshape(-1, 2)
-        return controls._replace(target=tuple(ab.mean(axis=0).tolist()), spread=spread_of(ab))
-    return controls
+        bundle.shift if any(bundle.shift) else None, target, spread, strength,
+        read_hints(hints or ""))
 
 
 def spread_of(ab: np.ndarray) -> float:
@@ -159,7 +159,8 @@ def move_mean(prediction: np.ndarray, L: np.ndarray, colors: np.ndarray | None,
     fade = np.clip(4 * (L / 100) * (1 - L / 100), 0, 1)[..., None]
     for _ in range(6):
         if colors is None:
-            ab = plain + fade * ((asked - plain.mean(axis=(0, 1))) / max(fade.mean(), 1e-3)).astype(np.float32)
+            shift = (asked - plain.mean(axis=(0, 1))) / max(fade.mean(), 1e-3)
+            ab = plain + fade * shift.astype(np.float32)
         else:
             flat = prediction.reshape(len(prediction), -1).T
             moved, vector = tilt(flat, colors, asked, vector)
@@ -182,35 +183,43 @@ def spread_hints(L: np.ndarray, ab: np.ndarray, hints: list) -> np.ndarray:
     """
     height, width = L.shape
     y, x = np.mgrid[:height, :width]
-    fixed, d = np.zeros((height, width), bool), np.zeros((height, width, 2))
+    free, d = np.ones((height, width), np.float32), np.zeros((2, height, width), np.float32)
     for hx, hy, a, b in hints:
         disc = (x - hx) ** 2 + (y - hy) ** 2 <= 2.5 ** 2
-        fixed |= disc
-        d[disc] = np.array([a, b]) - ab[disc]
-    weight = [np.maximum(np.exp(-np.diff(L / 100, axis=axis) ** 2 / (2 * HINT_SIGMA ** 2)), 1e-6)[..., None]
-              for axis in (0, 1)]
+        free[disc] = 0
+        d[:, disc] = (np.array([a, b], np.float32) - ab[disc]).T
+    down, right = (np.maximum(np.exp(-np.diff(L / 100, axis=axis) ** 2 / (2 * HINT_SIGMA ** 2)), 1e-6)
+                   for axis in (0, 1))
+    total = np.full((height, width), HINT_MU, np.float32)  # of a pixel's weights: the diagonal
+    for part, weight in ((total[:-1], down), (total[1:], down),
+                         (total[:, :-1], right), (total[:, 1:], right)):
+        part += weight
 
-    def gradient(d):
-        result = HINT_MU * d
-        down, right = weight[0] * np.diff(d, axis=0), weight[1] * np.diff(d, axis=1)
-        result[:-1] -= down
-        result[1:] += down
-        result[:, :-1] -= right
-        result[:, 1:] += right
-        return np.where(fixed[..., None], 0, result)
+    def gradient(d):  # zero where d is fixed
+        result = total * d
+        result[:, :-1] -= down * d[:, 1:]
+        result[:, 1:] -= down * d[:, :-1]
+        result[..., :-1] -= right * d[..., 1:]
+        result[..., 1:] -= right * d[..., :-1]
+        return free * result
+
+    def dot(p, q):  # for a and for b
+        return np.einsum("cyx,cyx->c", p, q)[:, None, None]
     residual = -gradient(d)
-    direction, power = residual.copy(), (residual ** 2).sum(axis=(0, 1))
-    first = power.max()
-    for _ in range(1000):  # conjugate gradients, a and b side by side
-        if power.max() <= 1e-6 * first:
+    direction = residual / total
+    power = dot(residual, direction)
+    enough = 1e-9 * power.max()  # then within about 0.3 ab units of the exact solution
+    for _ in range(3000):  # conjugate gradients, a and b side by side, each pixel scaled by its total
+        if power.max() <= enough:
             break
         product = gradient(direction)
-        rate = power / np.maximum((direction * product).sum(axis=(0, 1)), 1e-30)
+        rate = power / np.maximum(dot(direction, product), 1e-30)
         d += rate * direction
         residual -= rate * product
-        power, last = (residual ** 2).sum(axis=(0, 1)), power
-        direction = residual + power / np.maximum(last, 1e-30) * direction
-    return (ab + d).astype(np.float32)
+        scaled = residual / total
+        power, last = dot(residual, scaled), power
+        direction = scaled + power / np.maximum(last, 1e-30) * direction
+    return ab + d.transpose(1, 2, 0)
 
 
 # ------------------------------------------------------------------- L, network, full resolution
@@ -269,7 +278,7 @@ def choose_colors(model: ColorNet, prediction: np.ndarray, L: np.ndarray,
         return (ab[0].permute(1, 2, 0) * factor).numpy()
     factor = controls.saturation
     plain = decode(prediction, factor)
-    if controls.shift is None and controls.target is None:
+    if not controls.strength or controls.shift is None and controls.target is None:
         return plain, None
     present = into_gamut(L, plain)
     if controls.spread is not None:
@@ -339,7 +348,7 @@ def finish(image: Image.Image, small: np.ndarray, ab: np.ndarray, hints: tuple =
         colors = into_gamut(L, colors)
         rgb = linear_to_srgb(lab_to_linear(L, colors))
         pixels = np.rint(rgb * (65535 if deep else 255)).astype(np.uint16 if deep else np.uint8)
-        return top, pixels, colors.sum(axis=(0, 1), dtype=np.float64)
+        return top, pixels, colors.sum(axis=0).sum(axis=0, dtype=np.float64)
     total = np.zeros(2)
     for top, pixels, sums in ordered_map(strip, range(0, height, rows), 2, window=3):
         total += sums
@@ -347,7 +356,7 @@ def finish(image: Image.Image, small: np.ndarray, ab: np.ndarray, hints: tuple =
             result[top:top + len(pixels)] = pixels
         else:
             result.paste(Image.fromarray(pixels), (0, top))
-    return Result(result, None, total / (width * height))
+    return Result(result, total / (width * height))
 
 
 def hint_correction(image: Image.Image, enlarger: Enlarger, hint: tuple, scale: float):
@@ -419,43 +428,48 @@ def load_model(model: str | Path | None, device: str) -> tuple[ColorNet, Path, d
 
 def download(url: str, folder: Path) -> Path:
     """Fetch an http(s) URL into a folder, at most MAX_DOWNLOAD bytes; ColorizeError otherwise."""
-    name = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name or "photograph"
+    path = folder / (Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name or "photograph")
     try:
         with urllib.request.urlopen(url, timeout=30) as response:
             if not response.url.startswith(("http://", "https://")):
-                raise ColorizeError(f"{url}: leads to something else than http")
+                raise ValueError("it leads to something else than http")
             content = response.read(MAX_DOWNLOAD + 1)
-    except (OSError, ValueError, urllib.error.URLError) as error:
+        if len(content) > MAX_DOWNLOAD:
+            raise ValueError(f"it is over {MAX_DOWNLOAD >> 20} MB")
+        path.write_bytes(content)
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise ColorizeError(f"{url}: cannot be fetched ({error}); download it yourself and name "
                             "the file") from None
-    if len(content) > MAX_DOWNLOAD:
-        raise ColorizeError(f"{url}: over {MAX_DOWNLOAD >> 20} MB; download it yourself and name the file")
-    path = folder / name
-    path.write_bytes(content)
     return path
 
 
 def plan_outputs(image: str, output: Path | None, folder: Path, ending: str) -> list[tuple[Path, Path]]:
     """(input, output) of every photograph asked for. `folder`: where downloads go."""
-    output = Path("data/output") if output is None else output
+    output = Path("data/output") if output is None else Path(output)
+    source = Path(image)
     if "://" in image:
         if not image.startswith(("http://", "https://")):
             raise ColorizeError(f"{image}: only http and https can be fetched; download it yourself")
         source = download(image, folder)
-    else:
-        source = Path(image)
     if not source.is_dir():
         named = output.suffix.lower() in Image.registered_extensions() and not output.is_dir()
         return [(source, output if named else output / f"{source.stem}{ending}")]
-    inside = output.resolve()
-    paths = [path for path in find_photos(source) if inside not in path.resolve().parents
-             or inside == source.resolve()]
-    if not paths:
+    paths = find_photos(source)
+    alike = Counter(path.with_suffix("") for path in paths)  # a.jpg and a.png keep their endings
+    targets = {path: output / path.relative_to(source).with_name(
+        f"{path.stem if alike[path.with_suffix('')] == 1 else path.name}{ending}") for path in paths}
+    inside, made = output.resolve(), {target.resolve() for target in targets.values()}
+    plan = [(path, target) for path, target in targets.items() if path.resolve() not in made
+            and (inside == source.resolve() or inside not in path.resolve().parents)]
+    if not plan:
         raise ColorizeError(f"{source}: no photograph below it; name a photograph or another folder")
-    stems = [path.with_suffix("") for path in paths]
-    return [(path, output / path.relative_to(source).parent
-             / f"{path.stem if stems.count(stem) == 1 else path.name}{ending}")
-            for path, stem in zip(paths, stems)]
+    return plan
+
+
+def is_there(source: Path, target: Path) -> bool:
+    """Whether a photograph's result exists already; that of a TIFF of several pages is a .tif."""
+    pages = source.suffix.lower() in (".tif", ".tiff") and target.with_suffix(".tif").exists()
+    return pages or target.exists()
 
 
 class Job(NamedTuple):
@@ -502,138 +516,147 @@ def inference(*, image: str = "data/input/val", model: str | None = None,
     check_vividness(network, vividness)
     say(f"loaded {path} ({contents['model']['encoder']}, {contents['model']['head']}) "
         f"on {next(network.parameters()).device}")
+    flags = {"size": size, "mood": mood, "mean_color": mean_color, "reference": reference,
+             "strength": strength if strength != 1 else None, "saturation": saturation,
+             "vividness": vividness, "hints": hints}
+    description = (f"Colours added by colorize {VERSION}, checkpoint {checkpoint_hash(path)}, "
+                   + ", ".join(f"{name} {value}" for name, value in flags.items() if value is not None))
+    write = partial(write_sheet if sheet else write_pages, network, controls, description, compare)
     with tempfile.TemporaryDirectory() as folder:
-        plan = plan_outputs(image, output, Path(folder), "_sheet.png" if sheet else "_color.png")
+        plan = plan_outputs(str(image), output, Path(folder), "_sheet.png" if sheet else "_color.png")
         if hints and len(plan) > 1:
             raise FlagError("--hints are for one photograph, not a folder")
-        left = [pair for pair in plan if overwrite or len(plan) == 1 and not Path(image).is_dir()
-                or not pair[1].exists()]
-        if sheet:
-            done, failed = run_sheets(network, left, size, max_megapixels), 0
-        else:
-            flags = {"mood": mood, "mean_color": mean_color, "reference": reference,
-                     "saturation": saturation, "vividness": vividness, "hints": hints}
-            description = f"Colours added by colorize {VERSION}, checkpoint {checkpoint_hash(path)}, " \
-                + ", ".join([f"size {size}"] + [f"{k} {v}" for k, v in flags.items() if v is not None])
-            done, failed = run_photos(network, left, size, controls, description, compare, max_megapixels)
+        again = overwrite or not Path(image).is_dir()
+        left = [pair for pair in plan if again or not is_there(*pair)]
+        done, errors = run_photos(network, left, size, controls.vividness, max_megapixels, write)
+    if len(plan) == 1 and errors:
+        raise errors[0]
     skipped = f", {len(plan) - len(left)} already there" if len(left) < len(plan) else ""
-    print(f"{done} done{skipped}" + f", {failed} failed" * bool(failed))
-    if failed:
-        raise ColorizeError(f"{failed} of {len(plan)} photographs could not be coloured; see above")
+    print(f"{done} done{skipped}" + f", {len(errors)} failed" * bool(errors))
+    if errors:
+        raise ColorizeError(f"{len(errors)} of {len(plan)} photographs could not be coloured; see above")
 
 
-def run_sheets(model: ColorNet, plan: list, size: int, max_megapixels: float) -> int:
-    """Write a sheet of every mood and three vividness values for each photograph; returns how many."""
+def read_pages(source: Path, target: Path, size: int, max_megapixels: float) -> list[Job]:
+    """The pages of a photograph (one, but for TIFFs), ready for the network."""
+    if target.exists() and target.samefile(source):
+        raise ColorizeError(f"{target}: is the photograph itself; name another --output")
+    start = time.monotonic()
+    first = read_photo(source, max_megapixels=max_megapixels)
+    if first.pages > 1:
+        if first.pages * first.image.width * first.image.height > max_megapixels * 1e6:
+            raise ColorizeError(f"{source}: its {first.pages} pages together are over the limit of "
+                                f"{max_megapixels:g} megapixels; raise --max_megapixels")
+        if target.suffix.lower() not in (".tif", ".tiff"):
+            if not target.stem.endswith("_color"):  # the user's own choice
+                raise ColorizeError(f"{source}: has {first.pages} pages; name a .tif as --output")
+            target = target.with_suffix(".tif")
+    photos = [first] + [read_photo(source, page, max_megapixels=max_megapixels)
+                        for page in range(1, first.pages)]
+    return [Job(source, target, photo, lightness(working_copy(photo.image, size)), start)
+            for photo in photos]
+
+
+def batches(jobs):
+    """Consecutive jobs of equal working shape together: at most BATCH, or a little over BATCH_PIXELS."""
+    for _, alike in groupby(jobs, key=lambda job: job.small.shape):
+        batch, pixels = [], 0
+        for job in alike:
+            batch.append(job)
+            pixels += job.photo.image.width * job.photo.image.height
+            if len(batch) == BATCH or pixels > BATCH_PIXELS:
+                yield batch
+                batch, pixels = [], 0
+        if batch:
+            yield batch
+
+
+def run_photos(model: ColorNet, plan: list, size: int, vividness: float, max_megapixels: float,
+               write) -> tuple[int, list[ColorizeError]]:
+    """Read, predict in batches, write; reading and writing in threads, few photographs at a time.
+
+    plan: (input, output) each; write: takes the [(Job, prediction)] of one photograph's pages and
+    returns the line to print. Returns how many are done, and what went wrong with the others.
+    """
+    done, errors = 0, []
+
+    def caught(function):
+        def call(argument):
+            try:
+                return function(argument)
+            except FlagError:
+                raise
+            except ColorizeError as error:
+                return error
+        return call
+
+    def good(outcomes):
+        for outcome in outcomes:
+            if isinstance(outcome, ColorizeError):
+                errors.append(outcome)
+                if len(plan) > 1:
+                    say(f"error: {outcome}")
+            else:
+                yield outcome
+
+    def predicted():
+        read = caught(lambda pair: read_pages(*pair, size, max_megapixels))
+        pages = good(ordered_map(read, plan, 2, window=2))
+        for batch in batches(job for jobs in pages for job in jobs):
+            yield from zip(batch, predict(model, np.stack([job.small for job in batch]), vividness))
+
+    photographs = (list(pages) for _, pages in groupby(predicted(), key=lambda pair: pair[0].source))
+    for line in good(ordered_map(caught(write), photographs, 2, window=2)):
+        print(line, flush=True)
+        done += 1
+    return done, errors
+
+
+def write_sheet(model: ColorNet, controls: Controls, description: str, compare: bool,
+                pages: list) -> str:
+    """Write a sheet of every mood and three vividness values; returns the line to print."""
+    job = pages[0][0]
     choices = [{}] + [{"mood": mood} for mood in MOODS]
     if model.arguments["head"] == "bins":
         choices += [{"vividness": v} for v in (0.5, 2.0, 4.0)]
-    for source, target in plan:
-        image = working_copy(read_photo(source, max_megapixels=max_megapixels).image, 256)
-        tiles = [colorize(model, image, size, **flags) for flags in choices]
-        captions = [" ".join(f"--{k} {v}" for k, v in flags.items()) or "no flag" for flags in choices]
-        picture = picture_sheet(tiles, 4, captions, 288)
-        write_whole(target, lambda name: picture.save(name, Image.registered_extensions()[target.suffix.lower()]))
-        print(f"{source} -> {target} ({picture.width}x{picture.height})")
-    return len(plan)
+    image = working_copy(job.photo.image, 288)
+    tiles = [colorize(model, image, min(job.small.shape), **flags) for flags in choices]
+    captions = [" ".join(f"--{k} {v}" for k, v in flags.items()) or "no flag" for flags in choices]
+    picture = picture_sheet(tiles, 4, captions, 288)
+    write_photo(job.target, [picture], job.photo, description)
+    return f"{job.source} -> {job.target} ({picture.width}x{picture.height})"
 
 
-def run_photos(model: ColorNet, plan: list, size: int, controls: Controls, description: str,
-               compare: bool, max_megapixels: float) -> tuple[int, int]:
-    """Read, predict in batches, write; reading and writing in threads. Returns done and failed."""
-    done = failed = 0
-
-    def read(pair):  # -> Jobs, one a page, or what went wrong
-        source, target = pair
-        try:
-            if target.exists() and target.resolve() == source.resolve():
-                raise ColorizeError(f"{target}: is the photograph itself; name another --output")
-            first = read_photo(source, max_megapixels=max_megapixels)
-            if first.pages > 1 and target.suffix.lower() not in (".tif", ".tiff"):
-                if not target.stem.endswith("_color"):
-                    raise ColorizeError(f"{source}: has {first.pages} pages; name a .tif as --output")
-                target = target.with_suffix(".tif")
-            photos = [first] + [read_photo(source, page, max_megapixels=max_megapixels)
-                                for page in range(1, first.pages)]
-            return [Job(source, target, photo, lightness(working_copy(photo.image, size)), time.monotonic())
-                    for photo in photos]
-        except ColorizeError as error:
-            return error
-
-    def write(jobs_and_predictions):
-        try:
-            return write_pages(model, jobs_and_predictions, controls, description, compare)
-        except ColorizeError as error:
-            return error
-
-    def predicted():
-        """(job, prediction) of every page in order; the network works on equal shapes together."""
-        waiting = []
-        for pages in ordered_map(read, plan, 2, window=BATCH):
-            if isinstance(pages, ColorizeError):
-                yield from flush(waiting)
-                yield pages, None
-                continue
-            for job in pages:
-                if waiting and (len(waiting) == BATCH or waiting[0].small.shape != job.small.shape):
-                    yield from flush(waiting)
-                waiting.append(job)
-        yield from flush(waiting)
-
-    def flush(waiting):
-        if waiting:
-            yield from zip(list(waiting), predict(model, np.stack([job.small for job in waiting]),
-                                                  controls.vividness))
-            waiting.clear()
-
-    def finished():
-        """The pages of one photograph together."""
-        for _, group in groupby(predicted(), key=lambda pair: getattr(pair[0], "source", pair[0])):
-            yield list(group)
-    for outcome in ordered_map(lambda pages: pages[0][0] if pages[0][1] is None else write(pages),
-                               finished(), 2, window=3):
-        if isinstance(outcome, ColorizeError):
-            if isinstance(outcome, FlagError) or len(plan) == 1:
-                raise outcome
-            say(f"error: {outcome}")
-            failed += 1
-        else:
-            print(outcome, flush=True)
-            done += 1
-    return done, failed
-
-
-def write_pages(model: ColorNet, pages: list, controls: Controls, description: str,
-                compare: bool) -> str:
+def write_pages(model: ColorNet, controls: Controls, description: str, compare: bool,
+                pages: list) -> str:
     """Colour and write the pages of one photograph; returns the line to print."""
     first, pictures, remarks = pages[0][0], [], []
-    deep = first.photo.image.mode == "I;16" and len(pages) == 1 and not compare \
-        and first.target.suffix.lower() in (".tif", ".tiff")
+    tiff = first.target.suffix.lower() in (".tif", ".tiff")
     for job, prediction in pages:
         image = job.photo.image
+        deep = image.mode == "I;16" and len(pages) == 1 and not compare and tiff
         result = add_color(model, image, job.small, prediction, controls, deep)
-        remarks += [job.photo.note] * bool(job.photo.note)
+        picture = result.image
+        remarks.append(job.photo.note)
         if image.mode == "RGB" and mean_chroma(image) > MIN_CHROMA:
             remarks.append("has colour already: only its lightness was used")
         if result.wanted is not None:
-            near = np.linalg.norm(result.wanted - result.mean_ab) <= 1 or controls.hints
             remarks.append("mean ab {:.1f},{:.1f} asked, {:.1f},{:.1f} achieved".format(
-                *result.wanted, *result.mean_ab) + ("" if near else ": the target is out of reach, "
-                                                    "this is the nearest found"))
-        picture = result.image
-        if not deep and job.photo.alpha is not None:
-            picture.putalpha(job.photo.alpha)
+                *result.wanted, *result.mean_ab))
+            if np.linalg.norm(result.wanted - result.mean_ab) > 1 and not controls.hints:
+                remarks[-1] += ": the target is out of reach, this is the nearest found"
         if compare:
-            gray = Image.fromarray(np.rint(255 * linear_to_srgb(lab_to_linear(
-                lightness(image), np.zeros((*image.size[::-1], 2), np.float32)))).astype(np.uint8))
-            both = Image.new("RGB", (2 * image.width, image.height))
-            both.paste(gray, (0, 0))
-            both.paste(picture.convert("RGB"), (image.width, 0))
-            picture = both
+            gray = finish(image, job.small, np.zeros((*job.small.shape, 2), np.float32)).image
+            picture = Image.new("RGB", (2 * image.width, image.height))
+            picture.paste(gray, (0, 0))
+            picture.paste(result.image, (image.width, 0))
+        elif job.photo.alpha is not None and not deep:
+            picture.putalpha(job.photo.alpha)
         pictures.append(picture)
     write_photo(first.target, pictures, first.photo, description)
     seconds = time.monotonic() - first.start
     line = f"{first.source} -> {first.target} ({image.width}x{image.height}, {seconds:.1f} s)"
-    return "; ".join([line] + list(dict.fromkeys(remarks)))
+    return "; ".join([line] + [remark for remark in dict.fromkeys(remarks) if remark])
 
 
 def mean_chroma(image: Image.Image) -> float:

@@ -62,8 +62,7 @@ class BinsLoss(nn.Module):
 
     def __init__(self, bins: torch.Tensor, prior: torch.Tensor, rebalance: float):
         super().__init__()
-        grid = torch.cartesian_prod(torch.arange(256.0), torch.arange(256.0)) - 128
-        nearest, weights = soft_encode(grid, bins)  # a table: stored ab are whole numbers
+        nearest, weights = soft_encode(all_stored_ab(), bins)
         self.register_buffer("nearest", nearest)
         self.register_buffer("weights", weights)
         self.register_buffer("rarity", rarity_weights(prior, rebalance))
@@ -82,25 +81,28 @@ def scene_loss(scenes: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return total / (labels >= 0).sum().clamp(min=1)
 
 
-def color_statistics(array: Path, bins: torch.Tensor, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+def color_statistics(photographs: ColorizeData, bins: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The bins' prior (Q,), smoothed by the soft encoding, and the mean ab of each whole L (101, 2).
 
-    Counted over every 16th pixel of the given rows of a stored array.
+    Counted over every 16th pixel of the photographs.
     """
-    stored = np.load(array, mmap_mode="r")
     histogram, total, count = np.zeros(65536), np.zeros((101, 2)), np.zeros(101)
-    for row in rows:
-        L, a, b = stored[row, ::4, ::4].reshape(-1, 3).T.astype(np.int64)
+    for row in photographs.chosen:
+        L, a, b = photographs.stored(row)[::4, ::4].reshape(-1, 3).T.astype(np.int64)
         L = (L * 100 + 127) // 255
         histogram += np.bincount(a * 256 + b, minlength=65536)
         count += np.bincount(L, minlength=101)
         total += np.stack([np.bincount(L, c - 128.0, minlength=101) for c in (a, b)], axis=1)
-    grid = torch.cartesian_prod(torch.arange(256.0), torch.arange(256.0)) - 128
-    nearest, weights = soft_encode(grid, bins)
+    nearest, weights = soft_encode(all_stored_ab(), bins)
     prior = torch.zeros(len(bins), dtype=torch.float64)
     prior.index_add_(0, nearest.flatten(), (weights * torch.from_numpy(histogram)[:, None]).flatten().double())
     mean_ab = total / np.maximum(count, 1)[:, None]
     return (prior / prior.sum()).float(), torch.from_numpy(mean_ab).float()
+
+
+def all_stored_ab() -> torch.Tensor:
+    """Every ab (65536, 2) that the arrays can hold; stored (a, b) is number 256*a + b."""
+    return torch.cartesian_prod(torch.arange(256.0), torch.arange(256.0)) - 128
 
 
 # --------------------------------------------------------------------------------- schedules
@@ -133,11 +135,14 @@ class Training:
         if s["class_weight"] and not self.classes:
             raise ColorizeError(f"--class_weight: {s['data']}/train has no class folders; put each "
                                 "scene's photographs in a folder of its own, or leave the flag out")
-        self.train_data, self.val_data = self.open_data()
+        self.train_data = self.open_data(["train", "val"] if s["final"] else ["train"], train=True,
+                                         crop=s["crop"], film=s["film"], seed=s["seed"])
+        self.val_data = None if s["final"] else self.open_data(["val"])
+        if not s["final"] and not len(self.val_data):
+            raise ColorizeError(f"no usable photograph to validate with in {s['data']}/val (or set aside "
+                                "from train); add some, or train without validation: --final")
         bins = color_bins()
-        array = Path(s["data"], "processed", "train.npy")
-        chosen = self.train_data.datasets[0] if s["final"] else self.train_data
-        prior, self.mean_ab = color_statistics(array, bins, chosen.chosen)
+        prior, self.mean_ab = color_statistics(self.train_data, bins)
         torch.manual_seed(s["seed"])
         self.model = ColorNet(
             s["encoder"], s["decoder"], "bins" if s["loss"] == "bins" else "ab", s["stages"],
@@ -167,25 +172,19 @@ class Training:
                                                  lr=s["lr_discriminator"], betas=(0.5, 0.999))
         self.step, self.history, self.best = 0, [], math.inf
         self.sums, self.skipped, self.bad_in_a_row = {}, 0, 0
-        self.steps_per_epoch = -(-len(self.train_data) // (s["batch_size"] * self.world))
+        self.samples = len(self.train_data) // self.world * self.world  # an equal share for each rank
+        self.steps_per_epoch = -(-self.samples // (s["batch_size"] * self.world))
         self.total = self.steps_per_epoch * s["epochs"]
         if resumed:
             self.restore(resumed["resume"])
 
-    def open_data(self):
-        """The training set (with --final both sets) and the validation set."""
-        s = self.settings
-        number = {name: i for i, name in enumerate(self.classes)}
-
-        def open_split(split, **options):
-            labels = [number.get(label, -1) for *_, label in self.manifests[split]["photographs"]]
-            array = Path(s["data"], "processed", f"{split}.npy")
-            return ColorizeData(array, labels, s["size"], limit=s["limit"], **options)
-        options = {"train": True, "crop": s["crop"], "film": s["film"], "seed": s["seed"]}
-        train, val = open_split("train", **options), open_split("val")
-        if not s["final"]:
-            return train, val
-        return torch.utils.data.ConcatDataset([train, open_split("val", **options)]), None
+    def open_data(self, splits: list[str], **options) -> ColorizeData:
+        """The photographs of the splits, their classes numbered."""
+        s, number = self.settings, {name: i for i, name in enumerate(self.classes)}
+        labels = [number.get(label, -1) for split in splits
+                  for *_, label in self.manifests[split]["photographs"]]
+        arrays = [Path(s["data"], "processed", f"{split}.npy") for split in splits]
+        return ColorizeData(arrays, labels, s["size"], limit=s["limit"], **options)
 
     def distribute(self, network: nn.Module) -> nn.Module:
         if self.world == 1:
@@ -200,20 +199,14 @@ class Training:
         if self.settings["freeze_bn"] == "encoder" or self.settings["freeze_encoder"]:
             self.model.encoder.eval()
 
-    def batches(self, dataset, first: int, last: int, skip: int = 0):
+    def batches(self, dataset: ColorizeData, first: int, last: int, skip: int = 0):
         """Batches (lab, labels) of this rank's share of samples first..last, from batch `skip` on."""
-        size = self.settings["batch_size"]
-        shares = []
-        for start in range(first, last, size * self.world):
-            stop = min(start + size * self.world, last)
-            if dataset is self.train_data and self.world > 1:  # every rank has a share of equal size
-                stop -= (stop - start) % self.world
-            shares.append(range(start + self.rank, stop, self.world))
-        loader = torch.utils.data.DataLoader(
-            dataset, batch_sampler=[list(share) for share in shares[skip:] if len(share)],
-            collate_fn=as_is, num_workers=self.settings["workers"],
-            pin_memory=self.device.type == "cuda")
-        return loader
+        together = self.settings["batch_size"] * self.world
+        shares = [list(range(start + self.rank, min(start + together, last), self.world))
+                  for start in range(first, last, together)]
+        return torch.utils.data.DataLoader(
+            dataset, batch_sampler=[share for share in shares[skip:] if share], collate_fn=as_is,
+            num_workers=self.settings["workers"], pin_memory=self.device.type == "cuda")
 
     def objective(self, output: torch.Tensor, ab: torch.Tensor) -> torch.Tensor:
         s = self.settings
@@ -387,7 +380,7 @@ class Training:
         handlers = {number: signal.signal(number, lambda number, _: stop.append(number))
                     for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            for epoch in range(self.step // self.steps_per_epoch, self.settings["epochs"]):
+            for epoch in range(len(self.history), self.settings["epochs"]):
                 self.run_epoch(epoch, stop)
         except torch.OutOfMemoryError:
             raise ColorizeError(f"the {self.device.type} ran out of memory; "
@@ -399,8 +392,8 @@ class Training:
     def run_epoch(self, epoch: int, stop: list) -> None:
         """One epoch, from wherever in it the step stands; then validation, log, pictures, saves."""
         self.train_mode()
-        samples, done = len(self.train_data), self.step - epoch * self.steps_per_epoch
-        batches = self.batches(self.train_data, epoch * samples, (epoch + 1) * samples, done)
+        done, first = self.step - epoch * self.steps_per_epoch, epoch * len(self.train_data)
+        batches = self.batches(self.train_data, first, first + self.samples, done)
         start = saved = time.monotonic()
         seen, waiting, asked = 0, 0.0, time.monotonic()
         for lab, labels in progress(batches, len(batches), f"epoch {epoch + 1}"):
@@ -417,11 +410,19 @@ class Training:
             asked = time.monotonic()
         elapsed = time.monotonic() - start
         row = {"epoch": epoch + 1, "step": self.step, "lr": self.optimizer.param_groups[0]["lr"]}
-        row |= {name: total / max(count, 1) for name, (total, count) in self.sums.items()}
+        row |= self.means()
         row |= {} if self.settings["final"] else self.validate()
         row |= {"images_per_second": seen / elapsed, "waiting": waiting / elapsed}
         self.sums = {}
         self.finish_epoch(row)
+
+    def means(self) -> dict:
+        """The epoch's mean of each measured value so far, over all ranks."""
+        sums = torch.tensor(list(self.sums.values()), dtype=torch.float64).reshape(-1, 2)
+        if self.world > 1:
+            sums = sums.to(self.device)
+            distributed.all_reduce(sums)
+        return {name: total / max(count, 1) for name, (total, count) in zip(self.sums, sums.tolist())}
 
     def finish_epoch(self, row: dict) -> None:
         self.history.append(row)
@@ -510,8 +511,8 @@ def printable(settings: dict) -> dict:
 
 def check_settings(s: dict) -> None:
     """FlagError for values and combinations that make no sense."""
-    for name in ("epochs", "batch_size", "clip"):
-        if s[name] <= 0:
+    for name in ("epochs", "batch_size", "clip", "lr", "encoder_lr", "limit"):
+        if s[name] is not None and s[name] <= 0:
             raise FlagError(f"--{name} {s[name]}: must be more than 0")
     if not 64 <= s["size"] <= 256:
         raise FlagError(f"--size {s['size']}: must be 64..256, the side of the stored photographs")

@@ -1,0 +1,173 @@
+"""The network, its colours and its checkpoints."""
+
+import functools
+import urllib.error
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from skimage.color import rgb2lab
+
+import basic_model
+from basic_model import (ColorNet, Discriminator, annealed_mean, color_bins, encoder_levels, initialize,
+                         load_checkpoint, rarity_weights, read_tensors, save_checkpoint, soft_encode)
+from colorize_data import ColorizeError, in_gamut
+
+
+@functools.cache
+def network(encoder, head):
+    return ColorNet(encoder, stages=2, head=head).eval()
+
+
+@pytest.mark.parametrize("height, width", [(32, 32), (33, 47), (64, 100), (7, 90), (1, 1)])
+@pytest.mark.parametrize("encoder", ["resnet18", "vgg11"])
+def test_any_size_gives_ab_at_its_resolution_and_bins_at_a_quarter(encoder, height, width):
+    for head in ("ab", "bins"):
+        model = network(encoder, head)
+        with torch.no_grad():
+            output = model(torch.rand(2, 1, height, width) * 100)
+            expected = (2, 2, height, width) if head == "ab" else \
+                (2, len(model.bins), -(-height // 4), -(-width // 4))
+            assert output.shape == expected
+            assert model.predict(torch.rand(1, 1, height, width)).shape == (1, 2, height, width)
+
+
+@pytest.mark.parametrize("encoder, decoder, head", [
+    *[("resnet18", decoder, head) for decoder in ("unet", "plain", "dense") for head in ("ab", "bins")],
+    ("vgg16_bn", "unet", "ab"), ("resnet50", "unet", "bins"), ("mobilenet_v2", "dense", "ab")])
+def test_every_parameter_gets_a_gradient(encoder, decoder, head):
+    model = ColorNet(encoder, decoder, head, classes=3)
+    torch.nn.init.normal_(model.head.weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, scenes = model(torch.rand(2, 1, 64, 64) * 100, with_scenes=True)
+    (output.float().square().mean() + scenes.float().square().mean()).backward()
+    idle = [name for name, p in model.named_parameters()
+            if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()]
+    assert not idle
+
+
+def test_levels_of_resnet18_are_its_last_nodes_before_each_stride():
+    levels = encoder_levels(torchvision.models.resnet18(), 4)
+    assert [(channels, stride) for _, channels, stride in levels] == [
+        (64, 2), (64, 4), (128, 8), (256, 16), (512, 32)]
+    assert [node for node, _, _ in levels][2:] == ["layer2.1.relu_1", "layer3.1.relu_1", "layer4.1.relu_1"]
+
+
+@pytest.mark.parametrize("stages, stride", [(2, 8), (3, 16), (4, 32)])
+def test_stages_set_the_last_stride(stages, stride):
+    assert encoder_levels(torchvision.models.resnet18(), stages)[-1][2] == stride
+
+
+@pytest.mark.parametrize("encoder", ["resnet19", "squeezenet1_1"])
+def test_an_encoder_that_does_not_fit_is_named(encoder):
+    with pytest.raises(ColorizeError, match="--encoder"):
+        ColorNet(encoder)
+
+
+def test_bins_hold_every_srgb_colour_and_only_cells_that_hold_one():
+    bins = color_bins().numpy()
+    rgb = np.stack(np.meshgrid(*[np.linspace(0, 1, 40)] * 3), axis=-1).reshape(-1, 3)
+    cells = {tuple(cell) for cell in np.rint(rgb2lab(rgb)[:, 1:] / 10).astype(int) * 10}
+    own = {tuple(cell) for cell in bins.astype(int)}
+    assert cells <= own
+    assert len(own - cells) <= 12  # cells that a grid of 40 x 40 x 40 colours just misses
+
+
+def test_soft_encoding_is_one_in_sum_and_comes_back_within_half_a_bin():
+    bins = color_bins()
+    random = np.random.default_rng(0)
+    ab = torch.from_numpy(random.uniform(-60, 60, (500, 2)).astype(np.float32))
+    ab = ab[torch.from_numpy(in_gamut(np.full(500, 60, np.float32), ab.numpy()))]
+    nearest, weights = soft_encode(ab, bins)
+    assert torch.allclose(weights.sum(dim=1), torch.ones(len(ab)))
+    by_hand = np.linalg.norm(ab.numpy()[:, None] - bins.numpy(), axis=-1)
+    assert (nearest[:, 0].numpy() == by_hand.argmin(axis=1)).all()
+    back = (bins[nearest] * weights[..., None]).sum(dim=1)
+    assert (back - ab).norm(dim=1).max() < 5
+
+
+def test_annealed_mean_goes_from_the_mean_to_the_mode():
+    bins = color_bins()
+    logits = torch.randn(2, len(bins), 3, 4, generator=torch.Generator().manual_seed(0)) * 2
+    probability = np.exp(logits.numpy()) / np.exp(logits.numpy()).sum(axis=1, keepdims=True)
+    mean = np.einsum("nqhw,qc->nchw", probability, bins.numpy())
+    assert np.allclose(annealed_mean(logits, bins, 1.0).numpy(), mean, atol=1e-3)
+    mode = bins[logits.argmax(dim=1)].permute(0, 3, 1, 2)
+    assert torch.allclose(annealed_mean(logits, bins, 1e-3), mode, atol=1e-2)
+
+
+@pytest.mark.parametrize("rebalance", [0.0, 0.5, 1.0])
+def test_rarity_weights_are_one_on_average(rebalance):
+    prior = torch.tensor([0.7, 0.2, 0.09, 0.01])
+    weights = rarity_weights(prior, rebalance)
+    assert (prior * weights).sum() == pytest.approx(1, abs=1e-6)
+    assert (weights.diff() >= 0).all() and (rebalance == 1) == bool((weights == weights[0]).all())
+
+
+def test_discriminator_judges_patches():
+    logits = Discriminator()(torch.rand(2, 1, 64, 96) * 100, torch.zeros(2, 2, 64, 96))
+    assert logits.shape == (2, 1, 8, 12)
+
+
+@pytest.mark.parametrize("head", ["ab", "bins"])
+def test_a_saved_network_predicts_the_same(head, tmp_path):
+    model = ColorNet(stages=2, head=head, classes=2).eval()
+    torch.nn.init.normal_(model.head.weight)
+    save_checkpoint(tmp_path / "x.tar", model, mean_ab=torch.zeros(101, 2), classes=["a", "b"])
+    loaded, contents = load_checkpoint(tmp_path / "x.tar")
+    L = torch.rand(1, 1, 40, 56) * 100
+    with torch.no_grad():
+        assert (loaded.predict(L) - model.predict(L)).abs().max() < 1.0  # half precision, ab up to 100
+    assert contents["classes"] == ["a", "b"] and contents["format"] == 1
+    kinds = {name: w.dtype for name, w in contents["weights"].items()}
+    assert kinds["head.weight"] == torch.float16 and kinds["bottleneck.1.running_var"] == torch.float32
+    assert [path.name for path in tmp_path.iterdir()] == ["x.tar"]
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"format": 2}, "format is 2"), ({"model": {}}, "'model'"), ({"weights": [1]}, "'weights'"),
+    ({"colors": {}}, "'colors'"), ({"mean_ab": torch.zeros(3)}, "'mean_ab'"),
+    ({"model": {"encoder": "resnet18", "decoder": "unet", "head": "bins", "stages": 9, "classes": 0}}, "out of range"),
+    ({"model": {"encoder": "resnet18", "decoder": "plain", "head": "bins", "stages": 2, "classes": 0}}, "blocks")])
+def test_what_is_wrong_with_a_checkpoint_is_said_in_a_line(change, said, checkpoints, tmp_path):
+    torch.save(read_tensors(checkpoints["bins"]) | change, tmp_path / "bad.tar")
+    with pytest.raises(ColorizeError, match=said) as error:
+        load_checkpoint(tmp_path / "bad.tar")
+    assert "bad.tar" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_initializing_takes_what_matches(checkpoints, tmp_path, monkeypatch):
+    source, _ = load_checkpoint(checkpoints["bins"])
+    model = ColorNet(stages=2, head="ab")  # another head, one block more
+    words, trained = initialize(model, str(checkpoints["bins"]))
+    assert trained == "decoder" and f"of {len(model.state_dict())} tensors" in words
+    assert torch.equal(model.blocks[0][0].weight, source.blocks[0][0].weight)
+
+    encoder = torchvision.models.resnet18().state_dict()
+    torch.save({k: v.half() if v.ndim > 1 else v for k, v in encoder.items()}, tmp_path / "encoder.pth")
+    assert initialize(model, str(tmp_path / "encoder.pth"))[1] == "encoder"
+    assert torch.equal(model.encoder.state_dict()["conv1.weight"], encoder["conv1.weight"].half().float())
+
+    torch.save({"other": torch.zeros(2)}, tmp_path / "other.pth")
+    with pytest.raises(ColorizeError, match="none of its tensors"):
+        initialize(model, str(tmp_path / "other.pth"))
+    assert initialize(model, "none")[1] == "nothing"
+
+
+def test_auto_starts_from_the_shipped_checkpoint_if_its_encoder_fits(checkpoints, monkeypatch):
+    monkeypatch.setattr(basic_model, "PRETRAINED", checkpoints["ab"])
+    assert initialize(ColorNet(stages=2), "auto")[1] == "decoder"
+
+
+def test_imagenet_weights_that_cannot_be_fetched_are_said_in_one_line(monkeypatch, capsys):
+    get_model = torchvision.models.get_model
+
+    def unreachable(name, weights=None):
+        if weights:
+            raise urllib.error.URLError("no network")
+        return get_model(name)
+    monkeypatch.setattr(torchvision.models, "get_model", unreachable)
+    assert initialize(ColorNet(stages=2), "imagenet") == ("random weights", "nothing")
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "ImageNet" in said and "--init PATH" in said
