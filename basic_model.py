@@ -264,6 +264,16 @@ def choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
+def use_bf16(amp: str, device: torch.device) -> bool:
+    """auto: bf16 where the hardware computes in it."""
+    if amp != "auto":
+        return amp == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.backends.mkldnn.is_available() and \
+        torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 # ----------------------------------------------------------------------------- checkpoints
 
 def half_precision(weights: dict) -> dict:
@@ -367,36 +377,36 @@ def checkpoint_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
-def initialize(model: ColorNet, init: str) -> tuple[str, str]:
-    """Fill a fresh ColorNet's weights as --init says; returns what it starts from, in words, and
-    what of it is trained: "nothing", "encoder" or "decoder" (both).
+def initialize(model: ColorNet, init: str) -> tuple[str, set[str]]:
+    """Fill a fresh ColorNet's weights as --init says; what it starts from, and the names it filled.
 
     auto: the shipped checkpoint if its encoder is the one asked for, else imagenet, else none.
     """
     encoder = model.arguments["encoder"]
     if init == "none":
-        return "random weights", "nothing"
+        return "random weights", set()
     if init == "auto" and PRETRAINED.is_file():
         contents = read_tensors(PRETRAINED)
         if contents.get("model", {}).get("encoder") == encoder:
             return take_weights(model, contents["weights"], PRETRAINED)
     if init in ("auto", "imagenet"):
         try:
-            source = torchvision.models.get_model(encoder, weights="DEFAULT")
+            weights = torchvision.models.get_model(encoder, weights="DEFAULT").state_dict()
         except OSError as error:  # URLError is one
             say(f"the ImageNet weights of {encoder} cannot be fetched ({error}); "
                 "starting from random weights; --init PATH takes a file")
-            return "random weights", "nothing"
-        own = model.encoder.state_dict()
-        model.encoder.load_state_dict({k: v for k, v in source.state_dict().items() if k in own})
-        return f"the ImageNet weights of {encoder}", "encoder"
+            return "random weights", set()
+        return take_weights(model, encoder_names(weights), Path(f"ImageNet's {encoder}"))
     contents = read_tensors(Path(init))
-    if "model" not in contents:  # torchvision's names: the encoder's
-        contents = {"weights": {f"encoder.{name}": w for name, w in contents.items()}}
-    return take_weights(model, contents["weights"], Path(init))
+    return take_weights(model, contents.get("weights") or encoder_names(contents), Path(init))
 
 
-def take_weights(model: ColorNet, weights: dict, path: Path) -> tuple[str, str]:
+def encoder_names(weights: dict) -> dict:
+    """A torchvision state dict under the names that its tensors have in a ColorNet."""
+    return {f"encoder.{name}": w for name, w in weights.items()}
+
+
+def take_weights(model: ColorNet, weights: dict, path: Path) -> tuple[str, set[str]]:
     """Take the tensors whose name and shape match; ColorizeError if there is none."""
     own = model.state_dict()
     matching = {name: w for name, w in weights.items()
@@ -405,5 +415,4 @@ def take_weights(model: ColorNet, weights: dict, path: Path) -> tuple[str, str]:
         raise ColorizeError(f"--init {path}: none of its tensors fits a ColorNet with "
                             f"{model.arguments['encoder']}; name a checkpoint or an encoder's state dict")
     model.load_state_dict(own | {name: w.to(own[name].dtype) for name, w in matching.items()})
-    trained = "encoder" if all(name.startswith("encoder.") for name in matching) else "decoder"
-    return f"{path} ({len(matching)} of {len(own)} tensors)", trained
+    return f"{path} ({len(matching)} of {len(own)} tensors)", set(matching)

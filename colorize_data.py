@@ -6,7 +6,6 @@ Units: L is 0..100, ab are CIE units, Lab is that of sRGB under D65 and the 2-de
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -33,13 +32,14 @@ MIN_SIDE = 64      # smaller photographs teach little
 MIN_CHROMA = 2.0   # mean chroma under this: a gray photograph teaches gray
 MAX_MEGAPIXELS = 300
 NOT_PHOTOGRAPHS = {"PDF", "EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "FITS"}
+Image.init()
+FORMATS = [kind for kind in Image.ID if kind not in NOT_PHOTOGRAPHS]
 QUALITY = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True},
            "AVIF": {"quality": 95, "subsampling": "4:4:4"}}
 # what EXIF says of the photograph; the other tags tell how one file lays out its pixels
 KEPT_TAGS = {ExifTags.Base[name] for name in (
-    "DocumentName", "ImageDescription", "Make", "Model", "XResolution", "YResolution", "PageName",
-    "ResolutionUnit", "DateTime", "Artist", "HostComputer", "Copyright", "ExifOffset", "GPSInfo",
-    "XPTitle", "XPComment", "XPAuthor", "XPKeywords", "XPSubject", "Rating")}
+    "DocumentName", "ImageDescription", "Make", "Model", "DateTime", "Artist", "Copyright",
+    "XResolution", "YResolution", "ResolutionUnit", "ExifOffset", "GPSInfo", "PageName")}
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged metadata: the pixels matter
 
@@ -59,17 +59,15 @@ def say(text: str) -> None:
 
 def progress(items, total: int, label: str):
     """Pass items through; redraw one line on a terminal, print one every 10 seconds elsewhere."""
-    terminal, last, start = sys.stderr.isatty(), time.monotonic(), time.monotonic()
+    terminal, start = sys.stderr.isatty(), time.monotonic()
+    last = start
     for done, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
         if now - last >= (0.2 if terminal else 10) or (done == total and last > start):
             last = now
-            line = f"{label}: {done}/{total} ({done / max(now - start, 1e-9):.1f}/s)"
-            print(f"\r{line}\x1b[K" if terminal else line, end="" if terminal else "\n",
-                  file=sys.stderr, flush=True)
-    if terminal and last > start:
-        print(file=sys.stderr)
+            print("\r\x1b[K" * terminal + f"{label}: {done}/{total} ({done / (now - start):.1f}/s)",
+                  end="" if terminal and done < total else "\n", file=sys.stderr, flush=True)
 
 
 def ordered_map(function, items, workers: int, window: int = 64):
@@ -190,20 +188,12 @@ class Photo(NamedTuple):
     note: str                   # what a user should know of the reading, or ""
 
 
-def photo_formats() -> list[str]:
-    """Pillow's formats that hold photographs (an EPS would be run by Ghostscript)."""
-    Image.init()
-    return [kind for kind in Image.ID if kind not in NOT_PHOTOGRAPHS]
-
-
 def find_photos(folder: Path) -> list[Path]:
     """Every photograph below a folder, sorted; hidden and other files are passed over.
 
     Links are followed, each real folder once, so that a loop of links ends.
     """
-    formats = photo_formats()
-    extensions = {extension for extension, kind in Image.registered_extensions().items()
-                  if kind in formats}
+    extensions = {extension for extension, kind in Image.EXTENSION.items() if kind in FORMATS}
     found, seen = [], set()
     for root, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
@@ -213,8 +203,8 @@ def find_photos(folder: Path) -> list[Path]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         paths = [Path(root, name) for name in names if not name.startswith(".")]
-        found += [path for path in paths  # no pipe, no link to nothing
-                  if path.suffix.lower() in extensions and os.path.isfile(path)]
+        found += [path for path in paths if path.suffix.lower() in extensions
+                  and os.path.isfile(path)]  # no pipe, no link to nothing
     return sorted(found)
 
 
@@ -227,8 +217,8 @@ def read_photo(path: Path, page: int = 0, at_least: int | None = None,
     Image.MAX_IMAGE_PIXELS = max_megapixels * 1e6  # for what lies inside an icon, too
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ColorizeError(f"{path}: not a file; name a photograph or a folder of them")
-        with Image.open(path, formats=photo_formats()) as image:
+            raise OSError(0, "not a file")
+        with Image.open(path, formats=FORMATS) as image:
             pages = image.n_frames if image.format == "TIFF" else 1
             image.seek(page)
             if image.width * image.height > max_megapixels * 1e6:
@@ -236,18 +226,13 @@ def read_photo(path: Path, page: int = 0, at_least: int | None = None,
             if at_least:
                 image.draft(None, (at_least, at_least))
             return decode_photo(image, pages)
-    except ColorizeError:
-        raise
-    except FileNotFoundError:
-        raise ColorizeError(f"{path}: no such file; check the path") from None
-    except PermissionError:
-        raise ColorizeError(f"{path}: permission denied; check who may read it") from None
     except Image.DecompressionBombError:
         raise ColorizeError(f"{path}: over the limit of {max_megapixels:g} megapixels; reduce it, "
                             "or raise --max_megapixels") from None
     except Exception as error:  # Pillow's readers raise many kinds on hostile files
-        raise ColorizeError(f"{path}: cannot be read as a photograph ({type(error).__name__}: "
-                            f"{str(error)[:80]}); repair it, or export it as PNG or JPEG") from None
+        reason = getattr(error, "strerror", "") or f"{type(error).__name__}: {str(error)[:80]}"
+        raise ColorizeError(f"{path}: cannot be read as a photograph ({reason}); check the path, "
+                            "or export it again as PNG or JPEG") from None
 
 
 def decode_photo(image: Image.Image, pages: int) -> Photo:
@@ -281,27 +266,23 @@ def upright(image: Image.Image) -> tuple[Image.Image, Image.Exif]:
 
 
 def split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """The image without alpha, palettes resolved, and its alpha (mode L) or None."""
-    if image.mode in ("P", "PA"):
-        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-    elif image.mode in ("L", "RGB", "1") and "transparency" in image.info:
-        image = image.convert("RGBA" if image.mode == "RGB" else "LA")
-    if image.mode in ("LA", "La", "RGBA", "RGBa", "RGBX"):
-        image = image.convert({"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode))
-        alpha = image.getchannel("A") if "A" in image.getbands() else None
-        return image.convert("L" if image.mode == "LA" else "RGB"), alpha
-    return image, None
+    """The image without alpha, and its alpha (mode L) or None."""
+    if image.mode[0] in "IF" or not image.has_transparency_data:
+        return image, None
+    gray = image.mode in ("1", "L", "LA", "La")
+    image = image.convert("LA" if gray else "RGBA")
+    return image.convert("L" if gray else "RGB"), image.getchannel("A")
 
 
 def to_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, str]:
     """The image as mode L, RGB or I;16 in sRGB, its ICC profile applied; and a note or ""."""
     mode = image.mode
-    if mode.startswith("I;16") or mode in ("I", "F"):
+    if mode in ("I", "F", "I;16B", "I;16L", "I;16N"):
         image = to_16_bit(image)
     elif mode == "LAB":
         lab = ImageCms.createProfile("LAB")
         return ImageCms.profileToProfile(image, lab, srgb(), outputMode="RGB"), ""
-    elif mode not in ("L", "RGB", "CMYK"):
+    elif mode not in ("L", "RGB", "CMYK", "I;16"):
         image = image.convert("L" if mode == "1" else "RGB")
     plain = image.convert("RGB") if mode == "CMYK" else image
     if not profile:
@@ -318,10 +299,10 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, str
 
 
 def to_16_bit(image: Image.Image) -> Image.Image:
-    """Modes I;16*, I and F to I;16. I beyond 16 bits and F are scaled from their own range."""
+    """Modes I;16B, I and F to I;16. I beyond 16 bits and F are scaled from their own range."""
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-        values = np.nan_to_num(values.astype(np.float64), posinf=0, neginf=0)
+        values = np.nan_to_num(values.astype(np.float32), posinf=0, neginf=0)
         low, high = values.min(), values.max()
         values = (values - low) * (65535 / max(high - low, 1e-12))
     return Image.fromarray(np.ascontiguousarray(values.astype(np.uint16)))
@@ -347,10 +328,8 @@ def write_whole(path: Path, write) -> None:
         write(temporary)
         os.replace(temporary, path)
     except (OSError, ValueError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC
-        reason = "the disk is full" if full else getattr(error, "strerror", None) or error
-        raise ColorizeError(f"{path}: cannot be written ({reason}); "
-                            "free some space or name another place") from None
+        raise ColorizeError(f"{path}: cannot be written ({getattr(error, 'strerror', '') or error});"
+                            " free some space or name another place") from None
     finally:
         with contextlib.suppress(OSError):  # also where its folder is none
             temporary.unlink()

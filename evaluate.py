@@ -230,6 +230,17 @@ def score(rgb: np.ndarray, true_rgb: np.ndarray) -> dict[str, float]:
             "delta_L": float(np.abs(lab[..., 0] - true_lab[..., 0]).mean())}
 
 
+def picture_scores(lab, ab) -> list[float]:
+    """Sums over a batch, tensors Lab (N, 3, H, W) and ab (N, 2, H, W), of training's scores: ab
+    distance, PSNR, colourfulness and the truth's."""
+    lab, ab = lab.permute(0, 2, 3, 1).numpy(), ab.permute(0, 2, 3, 1).float().numpy()
+    true = lab_to_rgb(lab)
+    made = lab_to_rgb(np.concatenate([lab[..., :1], ab], axis=-1))
+    scores = [(mean_ab_distance(c, t[..., 1:]), psnr(m, r), colorfulness(m), colorfulness(r))
+              for c, t, m, r in zip(ab, lab, made, true)]
+    return np.sum(scores, axis=0).tolist()
+
+
 def summarize(rows: list[dict]) -> dict[str, tuple[float, float]]:
     """Mean and half width of its 95 % interval over photographs, for each of SCORES.
 

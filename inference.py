@@ -10,12 +10,11 @@ L of the photograph is kept to rounding; the network only adds ab.
 
 import http.client
 import tempfile
-import time
 import urllib.parse
 import urllib.request
 from collections import Counter
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -24,37 +23,17 @@ import torch
 from PIL import Image, ImageColor
 from torch.nn import functional as F
 
-from basic_model import (PRETRAINED, ColorNet, checkpoint_hash, choose_device, load_checkpoint, tilt,
-                         upsample)
-from colorize_data import (MIN_CHROMA, VERSION, ColorizeError, FlagError, Photo, find_photos, gray_to_L,
-                           into_gamut, lab_to_linear, linear_to_srgb, ordered_map, picture_sheet,
-                           read_photo, rgb_to_lab, say, write_photo)
+from basic_model import (PRETRAINED, ColorNet, checkpoint_hash, choose_device, load_checkpoint,
+                         tilt, upsample)
+from colorize_data import (MIN_CHROMA, VERSION, ColorizeError, FlagError, Photo, find_photos,
+                           gray_to_L, into_gamut, lab_to_linear, linear_to_srgb, ordered_map,
+                           picture_sheet, read_photo, rgb_to_lab, say, write_photo)
 
-SIZE = 256                # short side at which the network works, by default
 STRIP = 1 << 20           # pixels of a strip: what is in memory at full resolution at a time
 BATCH, BATCH_PIXELS = 8, 50e6  # photographs that wait for the network together, and their pixels
 MAX_DOWNLOAD = 200 << 20  # bytes
 GUIDE_EPSILON = 1e-3      # of the guided filter, for L in 0..1
 HINT_SIGMA, HINT_MU = 0.04, 1e-5  # of the hints' spreading: L difference in 0..1; pull to zero
-
-
-class Mood(NamedTuple):
-    """A shift of the mean ab, and values for --saturation and --vividness."""
-    shift: tuple[float, float]
-    saturation: float = 1.0
-    vividness: float = 1.0
-
-
-MOODS = {
-    "warm": Mood((4, 10), 1.05),
-    "cool": Mood((-3, -10), 0.95),
-    "golden": Mood((6, 18), 1.15),
-    "moonlight": Mood((0, -16), 0.55),
-    "vintage": Mood((5, 9), 0.7),
-    "muted": Mood((0, 0), 0.6),
-    "vivid": Mood((0, 0), 1.3, 1.5),
-    "sepia": Mood((5, 16), 0.15),
-}
 
 
 class Controls(NamedTuple):
@@ -68,10 +47,16 @@ class Controls(NamedTuple):
     hints: tuple = ()                          # (x, y, a, b) each
 
 
-class Result(NamedTuple):
-    image: Image.Image | np.ndarray  # RGB, or uint16 (H, W, 3)
-    mean_ab: np.ndarray              # of `image`
-    wanted: np.ndarray | None = None  # mean ab asked for
+MOODS = {
+    "warm": Controls(1.05, shift=(4, 10)),
+    "cool": Controls(0.95, shift=(-3, -10)),
+    "golden": Controls(1.15, shift=(6, 18)),
+    "moonlight": Controls(0.55, shift=(0, -16)),
+    "vintage": Controls(0.7, shift=(5, 9)),
+    "muted": Controls(0.6),
+    "vivid": Controls(1.3, vividness=1.5),
+    "sepia": Controls(0.15, shift=(5, 16)),
+}
 
 
 # -------------------------------------------------------------------------------- controls
@@ -126,10 +111,8 @@ def read_controls(mood: str | None = None, mean_color: str | None = None,
             raise FlagError(f"--{name} {value:g}: must be {low:g}..{high:g}")
     if mood is not None and mood not in MOODS:
         raise FlagError(f"--mood {mood}: choose one of {', '.join(MOODS)}")
-    bundle = MOODS[mood] if mood else Mood((0, 0))
-    target = spread = None
-    if mean_color is not None:
-        target = read_mean_color(mean_color)
+    bundle = MOODS[mood] if mood else Controls()
+    target, spread = None if mean_color is None else read_mean_color(mean_color), None
     if reference is not None:
         small = working_copy(read_photo(Path(reference)).image, 256).convert("RGB")
         ab = rgb_to_lab(np.asarray(small))[..., 1:]
@@ -137,14 +120,12 @@ def read_controls(mood: str | None = None, mean_color: str | None = None,
     return Controls(  # explicit flags override a mood's own, which strength scales
         1 + strength * (bundle.saturation - 1) if saturation is None else saturation,
         bundle.vividness ** strength if vividness is None else vividness,
-        bundle.shift if any(bundle.shift) else None, target, spread, strength,
-        read_hints(hints or ""))
+        bundle.shift, target, spread, strength, read_hints(hints or ""))
 
 
 def spread_of(ab: np.ndarray) -> float:
     """Root mean square distance of ab (..., 2) from its mean."""
-    ab = ab.reshape(-1, 2)
-    return float(np.sqrt(((ab - ab.mean(axis=0)) ** 2).sum(axis=1).mean()))
+    return float(np.sqrt(ab.reshape(-1, 2).var(axis=0, dtype=np.float64).sum()))
 
 
 def move_mean(prediction: np.ndarray, L: np.ndarray, colors: np.ndarray | None,
@@ -177,9 +158,9 @@ def move_mean(prediction: np.ndarray, L: np.ndarray, colors: np.ndarray | None,
 def spread_hints(L: np.ndarray, ab: np.ndarray, hints: list) -> np.ndarray:
     """Spread hints (x, y, a, b), pixels of L (h, w), over what is like them around; returns ab.
 
-    Minimizes sum w_rs (d_r - d_s)^2 + mu sum d^2 over neighbours r, s for d, the difference from the
-    prediction ab (h, w, 2), fixed on a 5-pixel disc at each hint; w = exp(-(L_r - L_s)^2 / 2 sigma^2).
-    After Levin, Lischinski and Weiss 2004, in a form that conjugate gradients solve in time.
+    Minimizes sum w_rs (d_r - d_s)^2 + mu sum d^2 over neighbours r, s for d, the difference from
+    the prediction ab (h, w, 2), fixed on a 5-pixel disc at each hint; w_rs = exp(-(L_r - L_s)^2 /
+    2 sigma^2). After Levin, Lischinski and Weiss 2004, in a form that is solved in time.
     """
     height, width = L.shape
     y, x = np.mgrid[:height, :width]
@@ -188,12 +169,10 @@ def spread_hints(L: np.ndarray, ab: np.ndarray, hints: list) -> np.ndarray:
         disc = (x - hx) ** 2 + (y - hy) ** 2 <= 2.5 ** 2
         free[disc] = 0
         d[:, disc] = (np.array([a, b], np.float32) - ab[disc]).T
-    down, right = (np.maximum(np.exp(-np.diff(L / 100, axis=axis) ** 2 / (2 * HINT_SIGMA ** 2)), 1e-6)
+    down, right = (np.exp(-np.diff(L / 100, axis=axis) ** 2 / (2 * HINT_SIGMA ** 2)).clip(min=1e-6)
                    for axis in (0, 1))
-    total = np.full((height, width), HINT_MU, np.float32)  # of a pixel's weights: the diagonal
-    for part, weight in ((total[:-1], down), (total[1:], down),
-                         (total[:, :-1], right), (total[:, 1:], right)):
-        part += weight
+    total = HINT_MU + (np.pad(down, ((0, 1), (0, 0))) + np.pad(down, ((1, 0), (0, 0)))
+                       + np.pad(right, ((0, 0), (0, 1))) + np.pad(right, ((0, 0), (1, 0))))
 
     def gradient(d):  # zero where d is fixed
         result = total * d
@@ -205,20 +184,18 @@ def spread_hints(L: np.ndarray, ab: np.ndarray, hints: list) -> np.ndarray:
 
     def dot(p, q):  # for a and for b
         return np.einsum("cyx,cyx->c", p, q)[:, None, None]
-    residual = -gradient(d)
-    direction = residual / total
-    power = dot(residual, direction)
-    enough = 1e-9 * power.max()  # then within about 0.3 ab units of the exact solution
-    for _ in range(3000):  # conjugate gradients, a and b side by side, each pixel scaled by its total
+    residual, direction, power, enough = -gradient(d), 0, np.float32(1), None
+    for _ in range(3000):  # conjugate gradients, a and b side by side, scaled by the diagonal
+        scaled = residual / total
+        power, last = dot(residual, scaled), power
+        enough = 1e-9 * power.max() if enough is None else enough  # 0.3 ab units from exact
         if power.max() <= enough:
             break
+        direction = scaled + power / np.maximum(last, 1e-30) * direction
         product = gradient(direction)
         rate = power / np.maximum(dot(direction, product), 1e-30)
         d += rate * direction
         residual -= rate * product
-        scaled = residual / total
-        power, last = dot(residual, scaled), power
-        direction = scaled + power / np.maximum(last, 1e-30) * direction
     return ab + d.transpose(1, 2, 0)
 
 
@@ -235,13 +212,14 @@ def working_copy(image: Image.Image, size: int) -> Image.Image:
 
     Never enlarged. Sides are multiples of 4 where they are long enough, as the bins head likes it.
     """
-    if image.mode == "I;16":  # 8 bit will do for the network; L is taken from the original
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     scale = min(1.0, size / min(image.size), 4 * size / max(image.size))
     sides = [max(round(side * scale), 1) for side in image.size]
     if scale < 1:
         sides = [max(round(side / 4) * 4, 1) if side >= 32 else side for side in sides]
-    return image.resize(sides, Image.Resampling.LANCZOS, reducing_gap=3.0)
+    image = image.resize(sides, Image.Resampling.LANCZOS, reducing_gap=3.0)
+    if image.mode == "I;16":  # 8 bit will do for the network; L is taken from the original
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image
 
 
 @torch.inference_mode()
@@ -270,11 +248,9 @@ def choose_colors(model: ColorNet, prediction: np.ndarray, L: np.ndarray,
     colors = model.bins.cpu().numpy() if model.arguments["head"] == "bins" else None
 
     def decode(values, factor):
-        if colors is None:
-            ab = torch.from_numpy(values)[None]
-        else:
-            ab = upsample(torch.einsum("qhw,qc->chw", torch.from_numpy(values),
-                                       torch.from_numpy(colors))[None], L.shape)
+        ab = torch.from_numpy(values)[None]
+        if colors is not None:
+            ab = upsample(torch.einsum("nqhw,qc->nchw", ab, torch.from_numpy(colors)), L.shape)
         return (ab[0].permute(1, 2, 0) * factor).numpy()
     factor = controls.saturation
     plain = decode(prediction, factor)
@@ -292,28 +268,24 @@ def choose_colors(model: ColorNet, prediction: np.ndarray, L: np.ndarray,
     return ab, wanted
 
 
-class Enlarger:
-    """Brings ab (h, w, 2) to the photograph's size, edge-aware, any rows at a time.
+def enlarger(L_small: np.ndarray, ab: np.ndarray, width: int, height: int):
+    """A function that gives ab (h, w, 2) at the photograph's size, edge-aware, any rows at a time.
 
     bicubic(ab) + a * (L - bicubic(L_small)), a the local regression of ab on L: the coefficient of
     the guided filter (He and Sun 2015), radius 1.
     """
+    scale, slope = len(L_small) / height, guide_slope(L_small, ab)
+    planes = [Image.fromarray(np.ascontiguousarray(plane, np.float32)) for plane in
+              (ab[..., 0], ab[..., 1], slope[..., 0], slope[..., 1], L_small)]
 
-    def __init__(self, L_small: np.ndarray, ab: np.ndarray, width: int, height: int):
-        self.width, self.height, self.small_height = width, height, L_small.shape[0]
-        slope = guide_slope(L_small, ab)
-        self.planes = [Image.fromarray(np.ascontiguousarray(plane, np.float32)) for plane in
-                       (ab[..., 0], ab[..., 1], slope[..., 0], slope[..., 1], L_small)]
-
-    def rows(self, L: np.ndarray, top: int) -> np.ndarray:
-        """ab (rows, W, 2) for L (rows, W), the photograph's from row `top` on."""
-        scale = self.small_height / self.height
-        box = (0, top * scale, self.planes[0].width, (top + len(L)) * scale)
+    def enlarge(L, top):  # L (rows, W), the photograph's from row `top` on, to ab (rows, W, 2)
+        box = (0, top * scale, planes[0].width, (top + len(L)) * scale)
         a, b, slope_a, slope_b, L_up = (
-            np.asarray(plane.resize((self.width, len(L)), Image.Resampling.BICUBIC, box=box))
-            for plane in self.planes)
+            np.asarray(plane.resize((width, len(L)), Image.Resampling.BICUBIC, box=box))
+            for plane in planes)
         detail = L - L_up
         return np.stack([a + slope_a * detail, b + slope_b * detail], axis=-1)
+    return enlarge
 
 
 def guide_slope(L: np.ndarray, ab: np.ndarray) -> np.ndarray:
@@ -329,20 +301,20 @@ def guide_slope(L: np.ndarray, ab: np.ndarray) -> np.ndarray:
 
 
 def finish(image: Image.Image, small: np.ndarray, ab: np.ndarray, hints: tuple = (),
-           deep: bool = False) -> Result:
-    """The photograph with ab (h, w, 2) at full resolution, in gamut, strip by strip.
+           deep: bool = False) -> tuple[Image.Image | np.ndarray, np.ndarray]:
+    """The photograph with ab (h, w, 2) at full resolution, in gamut, strip by strip; its mean ab.
 
     small: L (h, w) at the resolution of ab. deep: uint16 (H, W, 3) rather than an RGB image.
     """
     width, height = image.size
-    enlarger = Enlarger(small, ab, width, height)
-    corrections = [hint_correction(image, enlarger, hint, width / small.shape[1]) for hint in hints]
+    enlarge = enlarger(small, ab, width, height)
+    corrections = [hint_correction(image, enlarge, hint, width / small.shape[1]) for hint in hints]
     rows = max(1, STRIP // width)
     result = np.empty((height, width, 3), np.uint16) if deep else Image.new("RGB", image.size)
 
     def strip(top):
         L = lightness(image.crop((0, top, width, min(top + rows, height))))
-        colors = enlarger.rows(L, top)
+        colors = enlarge(L, top)
         for correct in corrections:
             correct(L, colors, top)
         colors = into_gamut(L, colors)
@@ -356,43 +328,41 @@ def finish(image: Image.Image, small: np.ndarray, ab: np.ndarray, hints: tuple =
             result[top:top + len(pixels)] = pixels
         else:
             result.paste(Image.fromarray(pixels), (0, top))
-    return Result(result, total / (width * height))
+    return result, total / (width * height)
 
 
-def hint_correction(image: Image.Image, enlarger: Enlarger, hint: tuple, scale: float):
+def hint_correction(image: Image.Image, enlarge, hint: tuple, scale: float):
     """A function that gives the hint's own pixel exactly its colour, and what is like it around."""
     x, y, *wanted = hint
-    L_hint = lightness(image.crop((0, y, image.width, y + 1)))
-    missing = np.array(wanted, np.float32) - enlarger.rows(L_hint, y)[0, x]
-    radius, L_hint = 2.5 * max(scale, 1.0), L_hint[0, x]
+    row = lightness(image.crop((0, y, image.width, y + 1)))
+    missing, L_hint = np.array(wanted, np.float32) - enlarge(row, y)[0, x], row[0, x]
+    radius = 2.5 * max(scale, 1.0)
 
     def correct(L, colors, top):
         dy, dx = np.arange(top, top + len(L)) - y, np.arange(L.shape[1]) - x
-        near_y, near_x = np.abs(dy) <= 3 * radius, np.abs(dx) <= 3 * radius
-        if near_y.any():
-            window = np.ix_(near_y, near_x)
-            distance = (dy[near_y, None] ** 2 + dx[None, near_x] ** 2) / radius ** 2
-            unlike = (L[window] - L_hint) ** 2 / (2 * (100 * HINT_SIGMA) ** 2)
-            colors[window] += np.exp(-distance - unlike)[..., None].astype(np.float32) * missing
+        near = np.ix_(np.abs(dy) <= 3 * radius, np.abs(dx) <= 3 * radius)
+        distance = (dy[near[0]] ** 2 + dx[near[1]] ** 2) / radius ** 2
+        unlike = (L[near] - L_hint) ** 2 / (2 * (100 * HINT_SIGMA) ** 2)
+        colors[near] += np.exp(-distance - unlike)[..., None].astype(np.float32) * missing
     return correct
 
 
 def add_color(model: ColorNet, image: Image.Image, small: np.ndarray, prediction: np.ndarray,
-              controls: Controls, deep: bool = False) -> Result:
-    """From a prediction to the coloured photograph: controls, hints, full resolution, gamut."""
+              controls: Controls, deep: bool = False) -> tuple:
+    """Controls, hints, full resolution, gamut: picture, its mean ab, the mean ab asked for."""
     ab, wanted = choose_colors(model, prediction, small, controls)
-    if controls.hints:
-        for x, y, *_ in controls.hints:
-            if not (0 <= x < image.width and 0 <= y < image.height):
-                raise FlagError(f"--hints: {x},{y} is outside the photograph, which is "
-                                f"{image.width}x{image.height}; the origin is the top left")
-        height, width = small.shape
-        ab = spread_hints(small, ab, [(int(x * width / image.width), int(y * height / image.height), a, b)
-                                      for x, y, a, b in controls.hints])
-    return finish(image, small, ab, controls.hints, deep)._replace(wanted=wanted)
+    scale, hints = small.shape[1] / image.width, []
+    for x, y, a, b in controls.hints:
+        if not (0 <= x < image.width and 0 <= y < image.height):
+            raise FlagError(f"--hints: {x},{y} is outside the photograph, which is "
+                            f"{image.width}x{image.height}; the origin is the top left")
+        hints.append((int(x * scale), int(y * small.shape[0] / image.height), a, b))
+    if hints:
+        ab = spread_hints(small, ab, hints)
+    return *finish(image, small, ab, controls.hints, deep), wanted
 
 
-def colorize(model: ColorNet, image: Image.Image | np.ndarray, size: int = SIZE,
+def colorize(model: ColorNet, image: Image.Image | np.ndarray, size: int = 256,
              mood: str | None = None, mean_color: str | None = None,
              reference: str | Path | None = None, strength: float = 1.0,
              saturation: float | None = None, vividness: float | None = None,
@@ -400,15 +370,15 @@ def colorize(model: ColorNet, image: Image.Image | np.ndarray, size: int = SIZE,
     """Colour one photograph: its L stays, ab comes from the network.
 
     image: Pillow (mode L, RGB, I;16) or array uint8/uint16 (H, W) or uint8 (H, W, 3), sRGB. The
-    other parameters are inference's flags. Returns a Pillow RGB image of the same size, or for 16-bit
-    gray a uint16 array (H, W, 3). Raises FlagError for controls that make no sense.
+    other parameters are inference's flags. Returns a Pillow RGB image of the same size, or for
+    16-bit gray a uint16 array (H, W, 3). Raises FlagError for controls that make no sense.
     """
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     controls = read_controls(mood, mean_color, reference, strength, saturation, vividness, hints)
     check_vividness(model, vividness)
     small = lightness(working_copy(image, size))
     prediction = predict(model, small[None], controls.vividness)[0]
-    return add_color(model, image, small, prediction, controls, image.mode == "I;16").image
+    return add_color(model, image, small, prediction, controls, image.mode == "I;16")[0]
 
 
 def check_vividness(model: ColorNet, vividness: float | None) -> None:
@@ -428,7 +398,7 @@ def load_model(model: str | Path | None, device: str) -> tuple[ColorNet, Path, d
 
 def download(url: str, folder: Path) -> Path:
     """Fetch an http(s) URL into a folder, at most MAX_DOWNLOAD bytes; ColorizeError otherwise."""
-    path = folder / (Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name or "photograph")
+    name = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name or "photograph"
     try:
         with urllib.request.urlopen(url, timeout=30) as response:
             if not response.url.startswith(("http://", "https://")):
@@ -436,40 +406,34 @@ def download(url: str, folder: Path) -> Path:
             content = response.read(MAX_DOWNLOAD + 1)
         if len(content) > MAX_DOWNLOAD:
             raise ValueError(f"it is over {MAX_DOWNLOAD >> 20} MB")
-        path.write_bytes(content)
+        (folder / name).write_bytes(content)
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise ColorizeError(f"{url}: cannot be fetched ({error}); download it yourself and name "
                             "the file") from None
-    return path
+    return folder / name
 
 
-def plan_outputs(image: str, output: Path | None, folder: Path, ending: str) -> list[tuple[Path, Path]]:
+def plan_outputs(image: str, output: Path | None, folder: Path, ending: str) -> list[tuple]:
     """(input, output) of every photograph asked for. `folder`: where downloads go."""
-    output = Path("data/output") if output is None else Path(output)
-    source = Path(image)
+    source, output = Path(image), Path(output or "data/output")
     if "://" in image:
         if not image.startswith(("http://", "https://")):
-            raise ColorizeError(f"{image}: only http and https can be fetched; download it yourself")
+            raise ColorizeError(f"{image}: only http and https are fetched; download it yourself")
         source = download(image, folder)
     if not source.is_dir():
         named = output.suffix.lower() in Image.registered_extensions() and not output.is_dir()
         return [(source, output if named else output / f"{source.stem}{ending}")]
-    paths = find_photos(source)
+    plan, paths = {}, find_photos(source)
     alike = Counter(path.with_suffix("") for path in paths)  # a.jpg and a.png keep their endings
-    targets = {path: output / path.relative_to(source).with_name(
-        f"{path.stem if alike[path.with_suffix('')] == 1 else path.name}{ending}") for path in paths}
-    inside, made = output.resolve(), {target.resolve() for target in targets.values()}
-    plan = [(path, target) for path, target in targets.items() if path.resolve() not in made
+    for path in paths:
+        stem = path.stem if alike[path.with_suffix("")] == 1 else path.name
+        plan[path] = output / path.relative_to(source).with_name(stem + ending)
+    results, inside = {target.resolve() for target in plan.values()}, output.resolve()
+    plan = [(path, target) for path, target in plan.items() if path.resolve() not in results
             and (inside == source.resolve() or inside not in path.resolve().parents)]
     if not plan:
-        raise ColorizeError(f"{source}: no photograph below it; name a photograph or another folder")
+        raise ColorizeError(f"{source}: no photograph below it; name one, or another folder")
     return plan
-
-
-def is_there(source: Path, target: Path) -> bool:
-    """Whether a photograph's result exists already; that of a TIFF of several pages is a .tif."""
-    pages = source.suffix.lower() in (".tif", ".tiff") and target.with_suffix(".tif").exists()
-    return pages or target.exists()
 
 
 class Job(NamedTuple):
@@ -478,7 +442,6 @@ class Job(NamedTuple):
     target: Path
     photo: Photo
     small: np.ndarray  # L at working resolution
-    start: float
 
 
 def inference(*, image: str = "data/input/val", model: str | None = None,
@@ -519,46 +482,48 @@ def inference(*, image: str = "data/input/val", model: str | None = None,
     flags = {"size": size, "mood": mood, "mean_color": mean_color, "reference": reference,
              "strength": strength if strength != 1 else None, "saturation": saturation,
              "vividness": vividness, "hints": hints}
-    description = (f"Colours added by colorize {VERSION}, checkpoint {checkpoint_hash(path)}, "
-                   + ", ".join(f"{name} {value}" for name, value in flags.items() if value is not None))
+    settings = ", ".join(f"{name} {value}" for name, value in flags.items() if value is not None)
+    description = f"Colours added by colorize {VERSION}, {checkpoint_hash(path)}, {settings}"
     write = partial(write_sheet if sheet else write_pages, network, controls, description, compare)
     with tempfile.TemporaryDirectory() as folder:
-        plan = plan_outputs(str(image), output, Path(folder), "_sheet.png" if sheet else "_color.png")
+        ending = "_sheet.png" if sheet else "_color.png"
+        plan = plan_outputs(str(image), output, Path(folder), ending)
         if hints and len(plan) > 1:
             raise FlagError("--hints are for one photograph, not a folder")
-        again = overwrite or not Path(image).is_dir()
-        left = [pair for pair in plan if again or not is_there(*pair)]
+        left = [(source, target) for source, target in plan  # several pages become a .tif
+                if overwrite or not Path(image).is_dir()
+                or not (target.exists() or target.with_suffix(".tif").exists())]
         done, errors = run_photos(network, left, size, controls.vividness, max_megapixels, write)
-    if len(plan) == 1 and errors:
-        raise errors[0]
     skipped = f", {len(plan) - len(left)} already there" if len(left) < len(plan) else ""
-    print(f"{done} done{skipped}" + f", {len(errors)} failed" * bool(errors))
+    if len(plan) > 1:
+        print(f"{done} done{skipped}" + f", {len(errors)} failed" * bool(errors))
     if errors:
-        raise ColorizeError(f"{len(errors)} of {len(plan)} photographs could not be coloured; see above")
+        raise errors[0] if len(left) == 1 else ColorizeError(
+            f"{len(errors)} of {len(plan)} photographs could not be coloured; see above")
 
 
-def read_pages(source: Path, target: Path, size: int, max_megapixels: float) -> list[Job]:
+def read_pages(size: int, max_megapixels: float, pair: tuple[Path, Path]) -> list[Job]:
     """The pages of a photograph (one, but for TIFFs), ready for the network."""
-    if target.exists() and target.samefile(source):
-        raise ColorizeError(f"{target}: is the photograph itself; name another --output")
-    start = time.monotonic()
+    source, target = pair
     first = read_photo(source, max_megapixels=max_megapixels)
     if first.pages > 1:
         if first.pages * first.image.width * first.image.height > max_megapixels * 1e6:
             raise ColorizeError(f"{source}: its {first.pages} pages together are over the limit of "
                                 f"{max_megapixels:g} megapixels; raise --max_megapixels")
-        if target.suffix.lower() not in (".tif", ".tiff"):
-            if not target.stem.endswith("_color"):  # the user's own choice
-                raise ColorizeError(f"{source}: has {first.pages} pages; name a .tif as --output")
+        if target.name == f"{source.stem}_color.png":  # not the user's own choice
             target = target.with_suffix(".tif")
+        if target.suffix.lower() not in (".tif", ".tiff"):
+            raise ColorizeError(f"{source}: has {first.pages} pages; name a .tif as --output")
+    if target.exists() and target.samefile(source):
+        raise ColorizeError(f"{target}: is the photograph itself; name another --output")
     photos = [first] + [read_photo(source, page, max_megapixels=max_megapixels)
                         for page in range(1, first.pages)]
-    return [Job(source, target, photo, lightness(working_copy(photo.image, size)), start)
+    return [Job(source, target, photo, lightness(working_copy(photo.image, size)))
             for photo in photos]
 
 
 def batches(jobs):
-    """Consecutive jobs of equal working shape together: at most BATCH, or a little over BATCH_PIXELS."""
+    """Consecutive jobs of equal working shape together, up to BATCH, or BATCH_PIXELS in all."""
     for _, alike in groupby(jobs, key=lambda job: job.small.shape):
         batch, pixels = [], 0
         for job in alike:
@@ -580,33 +545,23 @@ def run_photos(model: ColorNet, plan: list, size: int, vividness: float, max_meg
     """
     done, errors = 0, []
 
-    def caught(function):
-        def call(argument):
-            try:
-                return function(argument)
-            except FlagError:
-                raise
-            except ColorizeError as error:
-                return error
-        return call
-
-    def good(outcomes):
-        for outcome in outcomes:
-            if isinstance(outcome, ColorizeError):
-                errors.append(outcome)
-                if len(plan) > 1:
-                    say(f"error: {outcome}")
-            else:
-                yield outcome
+    def attempt(function, argument):  # None where it failed
+        try:
+            return function(argument)
+        except FlagError:
+            raise
+        except ColorizeError as error:
+            errors.append(error)
+            if len(plan) > 1:
+                say(f"error: {error}")
 
     def predicted():
-        read = caught(lambda pair: read_pages(*pair, size, max_megapixels))
-        pages = good(ordered_map(read, plan, 2, window=2))
-        for batch in batches(job for jobs in pages for job in jobs):
+        read = partial(attempt, partial(read_pages, size, max_megapixels))
+        photographs = filter(None, ordered_map(read, plan, 2, window=2))
+        for batch in batches(chain.from_iterable(photographs)):
             yield from zip(batch, predict(model, np.stack([job.small for job in batch]), vividness))
-
-    photographs = (list(pages) for _, pages in groupby(predicted(), key=lambda pair: pair[0].source))
-    for line in good(ordered_map(caught(write), photographs, 2, window=2)):
+    pages = (list(group) for _, group in groupby(predicted(), key=lambda pair: pair[0].source))
+    for line in filter(None, ordered_map(partial(attempt, write), pages, 2, window=2)):
         print(line, flush=True)
         done += 1
     return done, errors
@@ -635,27 +590,25 @@ def write_pages(model: ColorNet, controls: Controls, description: str, compare: 
     for job, prediction in pages:
         image = job.photo.image
         deep = image.mode == "I;16" and len(pages) == 1 and not compare and tiff
-        result = add_color(model, image, job.small, prediction, controls, deep)
-        picture = result.image
+        picture, mean, wanted = add_color(model, image, job.small, prediction, controls, deep)
         remarks.append(job.photo.note)
         if image.mode == "RGB" and mean_chroma(image) > MIN_CHROMA:
             remarks.append("has colour already: only its lightness was used")
-        if result.wanted is not None:
+        if wanted is not None:
             remarks.append("mean ab {:.1f},{:.1f} asked, {:.1f},{:.1f} achieved".format(
-                *result.wanted, *result.mean_ab))
-            if np.linalg.norm(result.wanted - result.mean_ab) > 1 and not controls.hints:
+                *wanted, *mean))
+            if np.linalg.norm(wanted - mean) > 1 and not controls.hints:
                 remarks[-1] += ": the target is out of reach, this is the nearest found"
         if compare:
-            gray = finish(image, job.small, np.zeros((*job.small.shape, 2), np.float32)).image
-            picture = Image.new("RGB", (2 * image.width, image.height))
-            picture.paste(gray, (0, 0))
-            picture.paste(result.image, (image.width, 0))
+            gray, _ = finish(image, job.small, np.zeros((*job.small.shape, 2), np.float32))
+            gray = gray.crop((0, 0, 2 * image.width, image.height))  # room on its right
+            gray.paste(picture, (image.width, 0))
+            picture = gray
         elif job.photo.alpha is not None and not deep:
             picture.putalpha(job.photo.alpha)
         pictures.append(picture)
     write_photo(first.target, pictures, first.photo, description)
-    seconds = time.monotonic() - first.start
-    line = f"{first.source} -> {first.target} ({image.width}x{image.height}, {seconds:.1f} s)"
+    line = f"{first.source} -> {first.target} ({image.width}x{image.height})"
     return "; ".join([line] + [remark for remark in dict.fromkeys(remarks) if remark])
 
 

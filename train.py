@@ -24,10 +24,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from basic_model import (AB_SCALE, ColorNet, Discriminator, choose_device, color_bins, initialize,
-                         rarity_weights, read_tensors, save_checkpoint, soft_encode)
+                         rarity_weights, read_tensors, save_checkpoint, soft_encode, use_bf16)
 from colorize_data import (ColorizeData, ColorizeError, FlagError, as_is, class_names, decode_lab,
                            lab_to_rgb, picture_sheet, prepare, progress, say, to_8_bit, write_whole)
-from evaluate import colorfulness, draw_curves, mean_ab_distance, psnr, write_history
+from evaluate import draw_curves, picture_scores, write_history
 
 HUBER_DELTA = 11.0  # ab units: quadratic below, linear above
 BAD_STEPS = 10      # non-finite losses in a row that end a run
@@ -149,21 +149,19 @@ class Training:
             len(self.classes) if s["class_weight"] else 0,
             {"bins": bins, "prior": prior, "temperature": float(s["temperature"])})
         if resumed:
-            self.start = resumed["training"]["start"]
+            self.start, self.trained = resumed["training"]["start"], set(resumed["training"]["trained"])
         else:
-            self.start, trained = initialize(self.model, s["init"])
-            settle(s, trained)
+            self.start, self.trained = initialize(self.model, s["init"])
+        if s["freeze_bn"] == "auto":
+            s["freeze_bn"] = "encoder" if any(name.startswith("encoder.") for name in self.trained) else "none"
         if s["freeze_encoder"]:
             self.model.encoder.requires_grad_(False)
         self.model.to(device, memory_format=torch.channels_last)
         self.bins_loss = BinsLoss(bins, prior, s["rebalance"]).to(device) if s["loss"] == "bins" else None
         self.average = AveragedModel(self.model, multi_avg_fn=partial(ema_update, s["ema"]))
         self.parallel = self.distribute(self.model)
-        encoder = [p for p in self.model.encoder.parameters() if p.requires_grad]
-        others = [p for name, p in self.model.named_parameters() if not name.startswith("encoder.")]
-        groups = [{"params": others, "scale": 1.0}] + \
-            [{"params": encoder, "scale": s["encoder_lr"]}] * bool(encoder)
-        self.optimizer = torch.optim.AdamW(groups, lr=s["lr"], weight_decay=s["weight_decay"])
+        self.optimizer = torch.optim.AdamW(self.parameter_groups(), lr=s["lr"],
+                                           weight_decay=s["weight_decay"])
         self.discriminator = None
         if s["loss"] == "gan":
             self.discriminator = Discriminator().to(device, memory_format=torch.channels_last)
@@ -177,6 +175,15 @@ class Training:
         self.total = self.steps_per_epoch * s["epochs"]
         if resumed:
             self.restore(resumed["resume"])
+
+    def parameter_groups(self) -> list[dict]:
+        """What is trained: fresh weights at the full rate, those trained before at a share of it."""
+        groups = {1.0: []}
+        for name, parameter in self.model.named_parameters():
+            share = self.settings["encoder_lr" if name.startswith("encoder.") else "decoder_lr"]
+            if parameter.requires_grad:
+                groups.setdefault(share if name in self.trained else 1.0, []).append(parameter)
+        return [{"params": group, "scale": share} for share, group in groups.items() if group]
 
     def open_data(self, splits: list[str], **options) -> ColorizeData:
         """The photographs of the splits, their classes numbered."""
@@ -337,7 +344,7 @@ class Training:
     def described(self) -> dict:
         """What a reader of a checkpoint needs to make it again."""
         return {"settings": printable(self.settings),
-                "start": self.start, "epoch": self.step // self.steps_per_epoch, "step": self.step,
+                "start": self.start, "trained": sorted(self.trained), "epoch": self.step // self.steps_per_epoch, "step": self.step,
                 "photographs": len(self.train_data), "amp": "bf16" if self.amp else "off",
                 "fingerprint": self.manifests["train"]["fingerprint"],
                 "scores": self.history[-1] if self.history else {},
@@ -447,40 +454,10 @@ class Training:
             self.preview(out / "preview.png")
 
 
-def picture_scores(lab: torch.Tensor, ab: torch.Tensor) -> list[float]:
-    """Sums over a batch of ab distance, PSNR, colourfulness and the truth's."""
-    lab, ab = lab.permute(0, 2, 3, 1).numpy(), ab.permute(0, 2, 3, 1).float().numpy()
-    true = lab_to_rgb(lab)
-    made = lab_to_rgb(np.concatenate([lab[..., :1], ab], axis=-1))
-    scores = [(mean_ab_distance(c, t[..., 1:]), psnr(m, r), colorfulness(m), colorfulness(r))
-              for c, t, m, r in zip(ab, lab, made, true)]
-    return np.sum(scores, axis=0).tolist()
-
-
 # ------------------------------------------------------------------------------- the command
 
-def use_bf16(amp: str, device: torch.device) -> bool:
-    """auto: bf16 where the hardware computes in it."""
-    if amp != "auto":
-        return amp == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.backends.mkldnn.is_available() and \
-        torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def settle(s: dict, trained: str) -> None:
-    """Settings left open depend on what the weights start from: nothing, the encoder, the decoder."""
-    if s["lr"] is None:
-        s["lr"] = 2e-4 if trained == "decoder" else 1e-3
-    if s["encoder_lr"] is None:
-        s["encoder_lr"] = 1.0 if trained == "nothing" else 0.1
-    if s["freeze_bn"] == "auto":
-        s["freeze_bn"] = "none" if trained == "nothing" else "encoder"
-
-
 def read_resumable(path: Path, settings: dict, fingerprint: str) -> dict:
-    """last.tar's contents. Settings left open are taken from it, others must agree: ColorizeError."""
+    """last.tar's contents; ColorizeError if its settings or photographs are others than these."""
     contents = read_tensors(path)
     training = contents.get("training")
     if not isinstance(contents.get("resume"), dict) or not isinstance(training, dict):
@@ -488,7 +465,7 @@ def read_resumable(path: Path, settings: dict, fingerprint: str) -> dict:
                             "name a last.tar, or start from its weights with --init")
     old = training["settings"]
     for name, value in printable(settings).items():
-        if value in (None, "auto") and name in ("lr", "encoder_lr", "freeze_bn"):
+        if name == "freeze_bn" and value == "auto":
             settings[name] = old[name]
         elif name not in FREE_ON_RESUME and name in old and old[name] != value:
             raise ColorizeError(f"--resume {path}: it was trained with --{name} {old[name]}, "
@@ -511,7 +488,7 @@ def printable(settings: dict) -> dict:
 
 def check_settings(s: dict) -> None:
     """FlagError for values and combinations that make no sense."""
-    for name in ("epochs", "batch_size", "clip", "lr", "encoder_lr", "limit"):
+    for name in ("epochs", "batch_size", "clip", "lr", "limit"):
         if s[name] is not None and s[name] <= 0:
             raise FlagError(f"--{name} {s[name]}: must be more than 0")
     if not 64 <= s["size"] <= 256:
@@ -529,14 +506,14 @@ def check_settings(s: dict) -> None:
 
 
 def train(*, data: Path = Path("data/input"), out: Path = Path("checkpoints"), epochs: int = 20,
-          batch_size: int = 16, lr: float | None = None, size: int = 256,
+          batch_size: int = 16, lr: float = 1e-3, size: int = 256,
           loss: Literal["mse", "l1", "huber", "bins", "gan"] = "mse", encoder: str = "resnet18",
           decoder: Literal["unet", "plain", "dense"] = "unet", stages: Literal[2, 3, 4] = 4,
           init: str = "auto", resume: str | None = None, limit: int | None = None,
           final: bool = False, freeze_encoder: bool = False,
           freeze_bn: Literal["auto", "none", "encoder", "all"] = "auto",
-          encoder_lr: float | None = None, weight_decay: float = 0.01, ema: float = 0.999,
-          clip: float = 1.0, crop: bool = True, film: bool = False, rebalance: float = 1.0,
+          encoder_lr: float = 0.1, decoder_lr: float = 0.2, weight_decay: float = 0.01,
+          ema: float = 0.999, clip: float = 1.0, crop: bool = True, film: bool = False, rebalance: float = 1.0,
           temperature: float = 1.0, chroma_weight: float = 0.0, class_weight: float = 0.0,
           l1_weight: float = 100.0, lr_discriminator: float = 1e-4, seed: int = 0,
           device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
@@ -548,7 +525,7 @@ def train(*, data: Path = Path("data/input"), out: Path = Path("checkpoints"), e
     out: folder for best_model.tar, last.tar, history.csv, curves.png, preview.png
     epochs: times that each photograph is seen
     batch_size: photographs a step, on each device
-    lr: peak learning rate; 1e-3, or 2e-4 from a trained colorizer
+    lr: peak learning rate of fresh weights
     size: side in pixels of the square crops that the network sees, 64..256
     loss: objective; bins: classes of colour, gan: adversarial with l1
     encoder: a network of torchvision: resnet18..152, vgg11..19(_bn), mobilenet_v2
@@ -560,7 +537,8 @@ def train(*, data: Path = Path("data/input"), out: Path = Path("checkpoints"), e
     final: train on train and val together, keep the last epoch
     freeze_encoder: train the decoder alone
     freeze_bn: batch norms that keep their statistics; auto: those of a trained encoder
-    encoder_lr: the encoder's rate as a share of lr; 0.1, or 1 where it starts untrained
+    encoder_lr: rate of an encoder that was trained before, as a share of lr
+    decoder_lr: the same for the rest of the network
     weight_decay: AdamW's
     ema: decay of the averaged weights, which are the ones saved
     clip: largest norm of the gradient

@@ -194,6 +194,13 @@ def test_what_is_frozen_stays(flags, frozen, still, photos, tmp_path):
     assert not torch.equal(before["blocks.0.0.weight"], after["blocks.0.0.weight"])
 
 
+def test_fresh_weights_learn_fast_and_trained_ones_slowly(photos, tmp_path, checkpoints):
+    training = made_training(photos, tmp_path, init=str(checkpoints["bins"]), encoder_lr=0.1, decoder_lr=0.2)
+    scales = {id(p): g["scale"] for g in training.optimizer.param_groups for p in g["params"]}
+    found = {name: scales[id(p)] for name, p in training.model.named_parameters()}
+    assert (found["encoder.conv1.weight"], found["blocks.0.0.weight"], found["head.weight"]) == (0.1, 0.2, 1.0)
+
+
 # -------------------------------------------------------------------------------------- trust
 
 def stop_at(step, monkeypatch):

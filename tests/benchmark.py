@@ -1,0 +1,167 @@
+"""Speed, as ratios to what bounds it: python tests/benchmark.py [loop data build inference bf16]
+
+Prints a line a figure with its target. Run it with nothing else running.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from skimage.color import rgb2lab
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from basic_model import ColorNet, load_checkpoint, read_tensors, save_checkpoint, use_bf16  # noqa: E402
+from colorize_data import ColorizeData, build_array, decode_lab, find_photos, prepare  # noqa: E402
+from train import regression_loss, train  # noqa: E402
+
+SAMPLES = ROOT / "data" / "input"
+
+
+def seconds(action, repeats: int = 3) -> float:
+    """Median time of an action, after one run to warm up."""
+    action()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def report(what: str, value: str, target: str) -> None:
+    print(f"{what:<66} {value:>22}   {target}", flush=True)
+
+
+def copied_samples(folder: Path, copies: int) -> Path:
+    """A data folder with the sample photographs several times."""
+    for split in ("train", "val"):
+        for path in find_photos(SAMPLES / split):
+            for i in range(copies if split == "train" else 1):
+                target = folder / split / f"{i}_{path.name}"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(path.read_bytes())
+    return folder
+
+
+def bare_rate(size: int, batch: int, bf16: bool, channels_last: bool) -> float:
+    """Photographs a second of forward, loss, backward and step on a resident batch."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    model = ColorNet().to(memory_format=layout).train()
+    model.encoder.eval()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    lab = torch.rand(batch, 3, size, size).mul(100).to(memory_format=layout)
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            output = model(lab[:, :1])
+        optimizer.zero_grad()
+        regression_loss("mse", output, lab[:, 1:]).backward()
+        optimizer.step()
+    return batch / seconds(step, 7)
+
+
+def benchmark_loop(folder: Path) -> None:
+    data = copied_samples(folder / "loop", 4)
+    save_checkpoint(folder / "start.tar", ColorNet())
+    train(data=data, out=folder / "out", epochs=2, batch_size=16, size=256, device="cpu",
+          init=str(folder / "start.tar"))
+    row = read_tensors(folder / "out" / "last.tar")["resume"]["history"][-1]
+    bare = bare_rate(256, 16, use_bf16("auto", torch.device("cpu")), True)
+    report("training loop over the bare network, 256 px, batch 16",
+           f"{row['images_per_second']:.1f}/{bare:.1f} = {row['images_per_second'] / bare:.2f}", "0.95")
+    report("share of the time spent waiting for data", f"{row['waiting']:.1%}", "under 1 %")
+
+
+def benchmark_data(folder: Path) -> None:
+    data = copied_samples(folder / "data", 1)
+    prepare(data)
+    batches = ColorizeData([data / "processed" / "train.npy"], train=True)
+    paths = find_photos(data / "train")
+
+    def usual():  # decode, resize and convert each file each time
+        for path in paths:
+            rgb = np.asarray(ImageOps.fit(Image.open(path).convert("RGB"), (256, 256), Image.Resampling.LANCZOS))
+            torch.from_numpy(rgb2lab(rgb)).permute(2, 0, 1).float()
+
+    def ours():
+        for start in range(0, len(paths), 16):
+            decode_lab(batches.__getitems__(range(start, min(start + 16, len(paths))))[0])
+    ours_rate, usual_rate = len(paths) / seconds(ours), len(paths) / seconds(usual)
+    report("batches over decoding each file each time",
+           f"{ours_rate:.0f}/{usual_rate:.0f} = {ours_rate / usual_rate:.1f}", "30")
+
+
+def benchmark_build(folder: Path) -> None:
+    (folder / "build" / "train").mkdir(parents=True)
+    large = Image.open(SAMPLES / "val" / "mountain.jpg").resize((4000, 3000), Image.Resampling.BICUBIC)
+    for i in range(12):
+        large.save(folder / "build" / "train" / f"{i}.jpg", quality=92)
+    paths = find_photos(folder / "build" / "train")
+    threads = os.cpu_count()
+
+    def decode():
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(lambda path: Image.open(path).load(), paths))
+    bare = len(paths) / seconds(decode)
+    ours = len(paths) / seconds(lambda: build_array(folder / "build", "train", paths, "x", threads))
+    report("building arrays over Pillow's bare decode, 12-megapixel JPEG",
+           f"{ours:.1f}/{bare:.1f} = {ours / bare:.2f}", "0.4")
+
+
+def benchmark_inference(folder: Path) -> None:
+    model = ROOT / "checkpoints" / "pretrained.tar"
+    if not model.is_file():
+        save_checkpoint(folder / "model.tar", ColorNet(head="bins"))
+        model = folder / "model.tar"
+    large = Image.open(SAMPLES / "val" / "mountain.jpg").convert("L").resize((4000, 3000), Image.Resampling.BICUBIC)
+    large.save(folder / "large.jpg")
+
+    def process(*arguments):
+        subprocess.run([sys.executable, *arguments], check=True, capture_output=True, cwd=folder)
+    bare = seconds(lambda: process("-c", "import torch, torchvision"))
+    main = str(ROOT / "main.py"), "inference", "--model", str(model), "--output"
+    whole = seconds(lambda: process(*main, str(folder / "large.png"), "--image", str(folder / "large.jpg")))
+    jpeg = seconds(lambda: process(*main, str(folder / "out.jpg"), "--image", str(folder / "large.jpg")))
+    report("a 12-megapixel photograph to PNG, whole process, over importing torch",
+           f"{whole:.1f}/{bare:.1f} = {whole / bare:.1f}", "")
+    report("the same to JPEG", f"{jpeg:.1f}/{bare:.1f} = {jpeg / bare:.1f}", "")
+
+    paths = find_photos(copied_samples(folder / "many", 2) / "train")
+    network, _ = load_checkpoint(model)
+    L = torch.rand(1, 1, 256, 384) * 100
+    with torch.inference_mode():
+        bare = 1 / seconds(lambda: network(L), 7)
+    start = time.perf_counter()
+    process(*main, str(folder / "coloured"), "--image", str(folder / "many" / "train"))
+    took = time.perf_counter() - start
+    empty = folder / "one"
+    empty.mkdir()
+    (empty / "x.jpg").write_bytes(paths[0].read_bytes())
+    start = time.perf_counter()
+    process(*main, str(folder / "coloured_one"), "--image", str(empty))
+    rate = (len(paths) - 1) / (took - (time.perf_counter() - start))
+    report("a folder's photographs/s over one pass of the bare network",
+           f"{rate:.1f}/{bare:.1f} = {rate / bare:.2f}", "0.5: the mirrored pass doubles it")
+
+
+def benchmark_bf16(folder: Path) -> None:
+    plain, fast = bare_rate(256, 16, False, False), bare_rate(256, 16, True, True)
+    report("bf16 and channels_last over float32 contiguous, training step",
+           f"{fast:.1f}/{plain:.1f} = {fast / plain:.2f}", "")
+
+
+if __name__ == "__main__":
+    names = ["loop", "data", "build", "inference", "bf16"]
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in sys.argv[1:] or names:
+            globals()[f"benchmark_{name}"](Path(temporary))
