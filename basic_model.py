@@ -148,8 +148,8 @@ class ColorNet(nn.Module):
 
     encoder: a classifier of torchvision. decoder: unet (joins the encoder's skips), plain (none) or
     dense (skips and all earlier stages). head: ab or bins. stages: 2, 3, 4, the encoder ends at
-    stride 8, 16, 32. classes: scene classes to tell besides. colors: bins (Q, 2), prior (Q,) and
-    temperature of a bins head; a fresh grid with an even prior if not given.
+    stride 8, 16, 32. classes: scene classes to tell besides. colors: bins (Q, 2), prior (Q,),
+    temperature and saturation of a bins head; a fresh grid with an even prior if not given.
     """
 
     def __init__(self, encoder: str = "resnet18", decoder: str = "unet", head: str = "ab",
@@ -165,11 +165,11 @@ class ColorNet(nn.Module):
         levels = encoder_levels(backbone, stages)
         self.encoder = create_feature_extractor(backbone, [node for node, _, _ in levels])
         if head == "bins":
-            bins = color_bins() if colors is None else colors["bins"]
-            even = torch.full((len(bins),), 1 / len(bins))
-            self.register_buffer("bins", bins, persistent=False)
-            self.register_buffer("prior", even if colors is None else colors["prior"], persistent=False)
-            self.temperature = 1.0 if colors is None else colors["temperature"]
+            colors = colors or {"bins": color_bins()}
+            even = torch.full((len(colors["bins"]),), 1 / len(colors["bins"]))
+            self.register_buffer("bins", colors["bins"], persistent=False)
+            self.register_buffer("prior", colors.get("prior", even), persistent=False)
+            self.temperature, self.saturation = colors.get("temperature", 1.0), colors.get("saturation", 1.0)
 
         *skips, (_, channels, stride) = levels
         width = WIDTHS[stride]
@@ -225,7 +225,8 @@ class ColorNet(nn.Module):
         """forward's output to ab in CIE units (N, 2, *size), float32; bins by the annealed mean."""
         if self.arguments["head"] == "ab":
             return output.float()
-        return upsample(annealed_mean(output, self.bins, temperature or self.temperature), size)
+        ab = annealed_mean(output, self.bins, temperature or self.temperature) * self.saturation
+        return upsample(ab, size)
 
     def predict(self, L: torch.Tensor, temperature: float | None = None) -> torch.Tensor:
         """L (N, 1, H, W) to ab in CIE units (N, 2, H, W), float32."""
@@ -289,7 +290,7 @@ def save_checkpoint(path: Path, model: ColorNet, weights: dict | None = None, **
                 "weights": half_precision(weights or model.state_dict()), **extra}
     if model.arguments["head"] == "bins":
         contents["colors"] = {"bins": model.bins.cpu(), "prior": model.prior.cpu(),
-                              "temperature": float(model.temperature)}
+                              "temperature": model.temperature, "saturation": model.saturation}
 
     def write(temporary):
         try:
@@ -334,13 +335,14 @@ def check_contents(contents: dict) -> str:
     if not isinstance(weights, dict) or not all(isinstance(w, torch.Tensor) for w in weights.values()):
         return "its key 'weights' is not a state dict"
     if model["head"] == "bins":
-        if not isinstance(colors, dict) or not isinstance(colors.get("temperature"), float):
-            return "its key 'colors' lacks bins, prior and temperature"
+        if not isinstance(colors, dict) or not all(
+                isinstance(colors.get(key), float) for key in ("temperature", "saturation")):
+            return "its key 'colors' lacks bins, prior, temperature or saturation"
         bins, prior = colors.get("bins"), colors.get("prior")
         if not (isinstance(bins, torch.Tensor) and bins.ndim == 2 and bins.shape[1] == 2
                 and isinstance(prior, torch.Tensor) and prior.shape == bins.shape[:1]
                 and 2 <= len(bins) <= 4096 and bins.abs().max() <= 200
-                and 0 < colors["temperature"] <= 10):
+                and 0 < colors["temperature"] <= 10 and 0 <= colors["saturation"] <= 4):
             return "its key 'colors' holds values out of range"
     mean_ab = contents.get("mean_ab")
     if mean_ab is not None and getattr(mean_ab, "shape", None) != (101, 2):

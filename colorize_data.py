@@ -6,6 +6,7 @@ Units: L is 0..100, ab are CIE units, Lab is that of sRGB under D65 and the 2-de
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -150,8 +151,6 @@ def into_gamut(L: np.ndarray, ab: np.ndarray) -> np.ndarray:
     L is (...), ab (..., 2); returns ab (..., 2). Clipping RGB instead would change the lightness.
     """
     outside = ~in_gamut(L, ab)
-    if not outside.any():
-        return ab
     L_out, ab_out = L[outside], ab[outside]
     low, high = np.zeros_like(L_out), np.ones_like(L_out)
     for _ in range(12):  # 2^-12 of a chroma of 110 is 0.03 units
@@ -172,8 +171,7 @@ def encode_lab(lab: np.ndarray) -> np.ndarray:
 def decode_lab(stored):
     """Stored uint8 Lab, array (..., 3) or tensor (N, 3, H, W), to float32 L 0..100 and ab."""
     if isinstance(stored, torch.Tensor):
-        stored = stored.float()
-        return torch.cat([stored[:, :1] / 2.55, stored[:, 1:] - 128], dim=1)
+        return torch.cat([stored[:, :1] / 2.55, stored[:, 1:].float() - 128], dim=1)
     return (stored - np.array([0, 128, 128], np.float32)) / np.array([2.55, 1, 1], np.float32)
 
 
@@ -247,7 +245,7 @@ def decode_photo(image: Image.Image, pages: int) -> Photo:
     pixels, note = to_srgb(pixels, profile)
     if pixels.mode != "I;16" and (";16" in layout or "65535" in layout):
         note = "; ".join(filter(None, ["16-bit colour was read as 8-bit", note]))
-    info = {"exif": exif, "dpi": dpi if dpi and all(0 < x < 1e5 for x in dpi) else None,
+    info = {"exif": exif, "dpi": dpi if dpi and all(0 < x < 65536 for x in dpi) else None,
             "text": text}
     return Photo(pixels, alpha, info, pages, note)
 
@@ -292,7 +290,11 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, str
         if image.mode in ("L", "I;16"):  # a curve: find it from a ramp of all 256 grays
             ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
             ramp = ImageCms.profileToProfile(ramp, source, srgb(), outputMode="RGB")
-            return apply_curve(image, np.asarray(ramp)[0, :, 1]), ""
+            curve = np.asarray(ramp)[0, :, 1]
+            if image.mode == "L":
+                return image.point(curve.tolist()), ""
+            table = np.interp(np.arange(65536) / 257, np.arange(256), curve * 257.0)
+            return Image.fromarray(np.rint(table).astype(np.uint16)[np.asarray(image)]), ""
         return ImageCms.profileToProfile(image, source, srgb(), outputMode="RGB"), ""
     except (ImageCms.PyCMSError, OSError, ValueError):
         return plain, "its colour profile is damaged or does not fit and was not used"
@@ -305,15 +307,7 @@ def to_16_bit(image: Image.Image) -> Image.Image:
         values = np.nan_to_num(values.astype(np.float32), posinf=0, neginf=0)
         low, high = values.min(), values.max()
         values = (values - low) * (65535 / max(high - low, 1e-12))
-    return Image.fromarray(np.ascontiguousarray(values.astype(np.uint16)))
-
-
-def apply_curve(image: Image.Image, curve: np.ndarray) -> Image.Image:
-    """Map gray values (mode L or I;16) through a curve given at 256 grays."""
-    if image.mode == "L":
-        return image.point(curve.tolist())
-    table = np.interp(np.arange(65536) / 257, np.arange(256), curve.astype(float) * 257)
-    return Image.fromarray(np.rint(table).astype(np.uint16)[np.asarray(image)])
+    return Image.fromarray(values.astype(np.uint16))
 
 
 def srgb() -> ImageCms.ImageCmsProfile:
@@ -328,8 +322,10 @@ def write_whole(path: Path, write) -> None:
         write(temporary)
         os.replace(temporary, path)
     except (OSError, ValueError) as error:
-        raise ColorizeError(f"{path}: cannot be written ({getattr(error, 'strerror', '') or error});"
-                            " free some space or name another place") from None
+        full = getattr(error, "errno", 0) == errno.ENOSPC
+        reason = "the disk is full" if full else getattr(error, "strerror", "") or error
+        raise ColorizeError(f"{path}: cannot be written ({reason}); "
+                            "free some space or name another place") from None
     finally:
         with contextlib.suppress(OSError):  # also where its folder is none
             temporary.unlink()
@@ -344,8 +340,8 @@ def write_photo(path: Path, pages: list, photo: Photo, description: str = "") ->
     if kind is None or kind not in Image.SAVE:
         raise ColorizeError(f"{path}: '{path.suffix}' is no picture format that can be written; "
                             "use .png, .jpg, .tif or .webp")
-    software, exif, dpi = f"colorize {VERSION}", photo.info["exif"], photo.info["dpi"]
-    exif[ExifTags.Base.Software] = software
+    exif, dpi = photo.info["exif"], photo.info["dpi"]
+    exif[ExifTags.Base.Software] = f"colorize {VERSION}"
     exif[ExifTags.Base.ImageDescription] = "; ".join(
         filter(None, [str(exif.get(ExifTags.Base.ImageDescription, "")), description]))
     options = {"icc_profile": srgb().tobytes()} | QUALITY.get(kind, {})
@@ -354,7 +350,7 @@ def write_photo(path: Path, pages: list, photo: Photo, description: str = "") ->
     metadata = {"exif": exif} | ({"dpi": dpi} if dpi else {})
     if kind == "PNG":
         metadata["pnginfo"] = text = PngImagePlugin.PngInfo()
-        own = {"Software": software, "Description": description}
+        own = {"Software": exif[ExifTags.Base.Software], "Description": description}
         for key, value in (photo.info["text"] | own).items():
             text.add_itxt(key, str(value))
 
@@ -366,9 +362,7 @@ def write_photo(path: Path, pages: list, photo: Photo, description: str = "") ->
             first = first.convert("RGB")  # these have no alpha
         try:
             first.save(temporary, format=kind, **options, **metadata)
-        except OSError:
-            raise
-        except Exception as error:  # old metadata that this format cannot carry
+        except (ValueError, TypeError, KeyError, SystemError) as error:  # of old metadata
             say(f"{path.name}: written without its old metadata ({error})")
             first.save(temporary, format=kind, **options)
     write_whole(path, write)
@@ -377,13 +371,11 @@ def write_photo(path: Path, pages: list, photo: Photo, description: str = "") ->
 def write_deep(path: Path, pixels: np.ndarray, exif: Image.Exif, dpi, profile: bytes) -> None:
     """Write uint16 (H, W, 3) as TIFF, which Pillow cannot, with the texts of its EXIF."""
     import tifffile  # comes with scikit-image
-    texts = {tag: str(value).encode("ascii", "replace") for tag, value in exif.items()
-             if isinstance(value, str)}
-    software, about = texts.pop(ExifTags.Base.Software), texts.pop(ExifTags.Base.ImageDescription)
+    texts = [(tag, "s", 0, value.encode("ascii", "replace"), True)
+             for tag, value in exif.items() if isinstance(value, str)]
     tifffile.imwrite(path, pixels, photometric="rgb", resolution=tuple(map(float, dpi or (72, 72))),
-                     resolutionunit="INCH", software=software, description=about, metadata=None,
-                     iccprofile=profile, extratags=[(tag, "s", 0, text, True)
-                                                    for tag, text in texts.items()])
+                     resolutionunit="INCH", software=False, metadata=None, iccprofile=profile,
+                     extratags=texts)
 
 
 # ------------------------------------------------------------------------------- the arrays
@@ -399,8 +391,9 @@ def prepare(data: Path, val_fraction: float = 0.1, workers: int | None = None) -
         raise ColorizeError(f"no photograph below {data / 'train'}; put some there, or name "
                             "another folder that holds train/ (and val/) with --data")
     split_by_hash = not sources["val"]
-    listing = [file_key(data, path) for paths in sources.values() for path in paths]
-    key = [ARRAY_FORMAT, SIDE, val_fraction if split_by_hash else None, listing]
+    files = {path: [path.relative_to(data).as_posix(), path.stat().st_size, path.stat().st_mtime_ns]
+             for paths in sources.values() for path in paths}
+    key = [ARRAY_FORMAT, SIDE, val_fraction if split_by_hash else None, [*files.values()]]
     fingerprint = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     processed = data / "processed"
     manifests = {split: read_manifest(processed / f"{split}.json", fingerprint)
@@ -409,7 +402,7 @@ def prepare(data: Path, val_fraction: float = 0.1, workers: int | None = None) -
         return manifests
     if (processed / "train.json").exists():
         say(f"{processed}: the photographs have changed; building the arrays again")
-    need, free = len(listing) * SIDE * SIDE * 3, free_space(data)
+    need, free = len(files) * SIDE * SIDE * 3, free_space(data)
     if need > free:
         raise ColorizeError(f"{processed}: the arrays need {need / 1e9:.1f} GB and "
                             f"{free / 1e9:.1f} GB are free; make room, or put --data elsewhere")
@@ -420,19 +413,14 @@ def prepare(data: Path, val_fraction: float = 0.1, workers: int | None = None) -
             sources["val" if in_val else "train"].append(path)
         say(f"no photographs in {data / 'val'}: {len(sources['val'])} of {data / 'train'} are "
             "set aside for validation, by a hash of their content")
-    manifests = {split: build_array(data, split, paths, fingerprint, workers)
-                 for split, paths in sources.items()}
+    for split, paths in sources.items():
+        manifests[split] = build_array(processed / f"{split}.npy", {p: files[p] for p in paths},
+                                       fingerprint, workers)
     if not manifests["train"]["photographs"]:
         reasons = Counter(manifests["train"]["left_out"].values())
         raise ColorizeError(f"no usable colour photograph below {data / 'train'}: "
                             + ", ".join(f"{count} {reason}" for reason, count in reasons.items()))
     return manifests
-
-
-def file_key(data: Path, path: Path) -> list:
-    """What tells whether a photograph has changed: name, bytes, time."""
-    status = path.stat()
-    return [path.relative_to(data).as_posix(), status.st_size, status.st_mtime_ns]
 
 
 def free_space(folder: Path) -> int:
@@ -481,44 +469,42 @@ def lab_square(path: Path) -> tuple[np.ndarray | None, str]:
     return encode_lab(lab), ""
 
 
-def build_array(data: Path, split: str, paths: list[Path], fingerprint: str,
-                workers: int) -> dict:
-    """Write processed/SPLIT.npy and then its manifest; returns the manifest.
+def build_array(array: Path, files: dict, fingerprint: str, workers: int) -> dict:
+    """Write one split's array and then its manifest; returns the manifest.
 
-    The rows are streamed to the file behind a header that is filled in at the end, so that memory
-    does not grow with the number of photographs.
+    files: {path: [relative name, bytes, time]}. The rows are streamed to the file behind a header
+    that is filled in at the end, so that memory does not grow with the number of photographs.
     """
-    processed = data / "processed"
-    photographs, left_out = [], {}
+    photographs, left_out, manifest_path = [], {}, array.with_suffix(".json")
 
-    def header(file, rows):
-        description = {"descr": "|u1", "fortran_order": False, "shape": (rows, SIDE, SIDE, 3)}
-        np.lib.format.write_array_header_1_0(file, description)  # padded: its length stays
+    def header(file):
+        shape = {"descr": "|u1", "fortran_order": False, "shape": (len(photographs), SIDE, SIDE, 3)}
+        np.lib.format.write_array_header_1_0(file, shape)  # padded: its length stays
 
     def write(temporary):
-        (processed / f"{split}.json").unlink(missing_ok=True)  # the old one no longer holds
+        manifest_path.unlink(missing_ok=True)  # the old one no longer holds
         with open(temporary, "wb") as file:
-            header(file, 0)
-            squares = ordered_map(lab_square, paths, workers)
-            for path, (lab, reason) in zip(paths, progress(squares, len(paths), f"{split} arrays")):
-                name = path.relative_to(data)
+            header(file)
+            squares = ordered_map(lab_square, files, workers)
+            squares = progress(squares, len(files), f"{array.stem} arrays")
+            for (name, *status), (lab, reason) in zip(files.values(), squares):
                 if lab is None:
-                    left_out[name.as_posix()] = reason
+                    left_out[name] = reason
                     continue
                 file.write(lab.tobytes())
                 # the class is the first folder under the split, be it train/ or one set apart
-                label = name.parts[1] if len(name.parts) > 2 else None
-                photographs.append([*file_key(data, path), label])
+                label = name.split("/")[1] if name.count("/") > 1 else None
+                photographs.append([name, *status, label])
             file.seek(0)
-            header(file, len(photographs))
+            header(file)
 
-    write_whole(processed / f"{split}.npy", write)
+    write_whole(array, write)
     for reason, count in Counter(left_out.values()).items():
-        names = [name for name, why in left_out.items() if why == reason]
-        say(f"{split}: {count} left out, {reason}: {', '.join(names[:3])}" + ", ..." * (count > 3))
+        names = [name for name, why in left_out.items() if why == reason][:3]
+        say(f"{array.stem}: {count} left out, {reason}: {', '.join(names)}" + ", ..." * (count > 3))
     manifest = {"format": ARRAY_FORMAT, "fingerprint": fingerprint, "photographs": photographs,
                 "left_out": left_out}
-    write_whole(processed / f"{split}.json", lambda name: name.write_text(json.dumps(manifest)))
+    write_whole(manifest_path, lambda name: name.write_text(json.dumps(manifest)))
     return manifest
 
 

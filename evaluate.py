@@ -33,7 +33,7 @@ from colorize_data import (MIN_CHROMA, SIDE, ColorizeData, ColorizeError, FlagEr
                            into_gamut, lab_to_linear, lab_to_rgb, linear_to_srgb, ordered_map,
                            picture_sheet, prepare, progress, read_photo, rgb_to_lab, say, to_8_bit,
                            write_whole)
-from inference import check_vividness, colorize, load_model, mean_chroma, working_copy
+from inference import check_vividness, colorize, load_model, working_copy
 
 MAX_MEMBER = 300 << 20  # bytes of a photograph in an archive
 # columns of the table: score, heading, digits
@@ -335,7 +335,8 @@ def evaluate(*, image: Path = Path("data/input/val"), model: str | None = None, 
 def scored_copy(path: Path):
     """The photograph at a short side of at most SIDE, RGB; None where it has no colour or is tiny."""
     picture = working_copy(read_photo(path).image, SIDE).convert("RGB")
-    return picture if min(picture.size) >= 32 and mean_chroma(picture) >= MIN_CHROMA else None
+    chroma = np.hypot(*np.moveaxis(rgb_to_lab(np.asarray(picture))[..., 1:], -1, 0)).mean()
+    return picture if min(picture.size) >= 32 and chroma >= MIN_CHROMA else None
 
 
 def write_report(out: Path, settings: dict, hashes: dict, summaries: dict, results: list) -> None:

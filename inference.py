@@ -76,11 +76,11 @@ def read_mean_color(text: str) -> tuple[float, float]:
         return hex_to_ab(text, "--mean_color")
     try:
         a, b = (float(part) for part in text.split(","))
+        if abs(a) <= 128 and abs(b) <= 128:  # nan is not
+            return a, b
     except ValueError:
-        raise FlagError(f"--mean_color '{text}': write #rrggbb, or a,b in CIE units") from None
-    if not (abs(a) <= 128 and abs(b) <= 128):  # nan is not
-        raise FlagError(f"--mean_color {text}: a and b are within -128..128")
-    return a, b
+        pass
+    raise FlagError(f"--mean_color {text}: write #rrggbb, or a,b, both within -128..128")
 
 
 def read_hints(text: str) -> tuple:
@@ -96,10 +96,8 @@ def read_hints(text: str) -> tuple:
     return tuple(hints)
 
 
-def read_controls(mood: str | None = None, mean_color: str | None = None,
-                  reference: str | Path | None = None, strength: float = 1.0,
-                  saturation: float | None = None, vividness: float | None = None,
-                  hints: str | None = None) -> Controls:
+def read_controls(mood=None, mean_color=None, reference=None, strength=1.0, saturation=None,
+                  vividness=None, hints=None) -> Controls:
     """The colour flags as Controls; FlagError for contradictions and values out of range."""
     flags = {"mood": mood, "mean_color": mean_color, "reference": reference}
     given = [f"--{name}" for name, value in flags.items() if value is not None]
@@ -114,13 +112,17 @@ def read_controls(mood: str | None = None, mean_color: str | None = None,
     bundle = MOODS[mood] if mood else Controls()
     target, spread = None if mean_color is None else read_mean_color(mean_color), None
     if reference is not None:
-        small = working_copy(read_photo(Path(reference)).image, 256).convert("RGB")
-        ab = rgb_to_lab(np.asarray(small))[..., 1:]
+        ab = small_ab(read_photo(Path(reference)).image)
         target, spread = tuple(ab.mean(axis=(0, 1)).tolist()), spread_of(ab)
     return Controls(  # explicit flags override a mood's own, which strength scales
         1 + strength * (bundle.saturation - 1) if saturation is None else saturation,
         bundle.vividness ** strength if vividness is None else vividness,
         bundle.shift, target, spread, strength, read_hints(hints or ""))
+
+
+def small_ab(image: Image.Image) -> np.ndarray:
+    """ab (h, w, 2) of a small copy of a photograph; zeros for a gray one."""
+    return rgb_to_lab(np.asarray(working_copy(image, 128).convert("RGB")))[..., 1:]
 
 
 def spread_of(ab: np.ndarray) -> float:
@@ -135,7 +137,7 @@ def move_mean(prediction: np.ndarray, L: np.ndarray, colors: np.ndarray | None,
     A bins prediction is tilted, an ab prediction shifted, fading to nothing at black and white.
     Gamut takes some of the mean away: up to 5 rounds add what is missing to what is asked for.
     """
-    asked, vector, best = np.array(target, np.float64), None, (np.inf, None)
+    asked, vector, nearest = np.array(target, np.float64), None, np.inf
     plain = decode(prediction)
     fade = np.clip(4 * (L / 100) * (1 - L / 100), 0, 1)[..., None]
     for _ in range(6):
@@ -147,12 +149,12 @@ def move_mean(prediction: np.ndarray, L: np.ndarray, colors: np.ndarray | None,
             moved, vector = tilt(flat, colors, asked, vector)
             ab = decode(moved.T.reshape(prediction.shape).astype(np.float32))
         missing = target - into_gamut(L, ab).mean(axis=(0, 1))
-        if np.linalg.norm(missing) < best[0]:
-            best = np.linalg.norm(missing), ab
-        if np.linalg.norm(missing) < 0.1:
+        if np.linalg.norm(missing) < nearest:
+            nearest, best = np.linalg.norm(missing), ab
+        if nearest < 0.1:
             break
         asked = asked + missing
-    return best[1]
+    return best
 
 
 def spread_hints(L: np.ndarray, ab: np.ndarray, hints: list) -> np.ndarray:
@@ -479,11 +481,9 @@ def inference(*, image: str = "data/input/val", model: str | None = None,
     check_vividness(network, vividness)
     say(f"loaded {path} ({contents['model']['encoder']}, {contents['model']['head']}) "
         f"on {next(network.parameters()).device}")
-    flags = {"size": size, "mood": mood, "mean_color": mean_color, "reference": reference,
-             "strength": strength if strength != 1 else None, "saturation": saturation,
-             "vividness": vividness, "hints": hints}
-    settings = ", ".join(f"{name} {value}" for name, value in flags.items() if value is not None)
-    description = f"Colours added by colorize {VERSION}, {checkpoint_hash(path)}, {settings}"
+    settings = [f"size {size}"] + [f"{name} {value}" for name, value in controls._asdict().items()
+                                   if value != Controls._field_defaults[name]]
+    description = ", ".join([f"Colours added by colorize {VERSION}", checkpoint_hash(path)] + settings)
     write = partial(write_sheet if sheet else write_pages, network, controls, description, compare)
     with tempfile.TemporaryDirectory() as folder:
         ending = "_sheet.png" if sheet else "_color.png"
@@ -493,10 +493,10 @@ def inference(*, image: str = "data/input/val", model: str | None = None,
         left = [(source, target) for source, target in plan  # several pages become a .tif
                 if overwrite or not Path(image).is_dir()
                 or not (target.exists() or target.with_suffix(".tif").exists())]
-        done, errors = run_photos(network, left, size, controls.vividness, max_megapixels, write)
-    skipped = f", {len(plan) - len(left)} already there" if len(left) < len(plan) else ""
+        errors = run_photos(network, left, size, controls.vividness, max_megapixels, write)
     if len(plan) > 1:
-        print(f"{done} done{skipped}" + f", {len(errors)} failed" * bool(errors))
+        print(f"{len(left) - len(errors)} done, {len(plan) - len(left)} already there, "
+              f"{len(errors)} failed")
     if errors:
         raise errors[0] if len(left) == 1 else ColorizeError(
             f"{len(errors)} of {len(plan)} photographs could not be coloured; see above")
@@ -510,16 +510,15 @@ def read_pages(size: int, max_megapixels: float, pair: tuple[Path, Path]) -> lis
         if first.pages * first.image.width * first.image.height > max_megapixels * 1e6:
             raise ColorizeError(f"{source}: its {first.pages} pages together are over the limit of "
                                 f"{max_megapixels:g} megapixels; raise --max_megapixels")
-        if target.name == f"{source.stem}_color.png":  # not the user's own choice
+        if target.name.endswith(("_color.png", "_sheet.png")):  # not the user's own choice
             target = target.with_suffix(".tif")
         if target.suffix.lower() not in (".tif", ".tiff"):
             raise ColorizeError(f"{source}: has {first.pages} pages; name a .tif as --output")
     if target.exists() and target.samefile(source):
         raise ColorizeError(f"{target}: is the photograph itself; name another --output")
-    photos = [first] + [read_photo(source, page, max_megapixels=max_megapixels)
-                        for page in range(1, first.pages)]
-    return [Job(source, target, photo, lightness(working_copy(photo.image, size)))
-            for photo in photos]
+    pages = [first] + [read_photo(source, page, max_megapixels=max_megapixels)
+                       for page in range(1, first.pages)]
+    return [Job(source, target, page, lightness(working_copy(page.image, size))) for page in pages]
 
 
 def batches(jobs):
@@ -537,19 +536,17 @@ def batches(jobs):
 
 
 def run_photos(model: ColorNet, plan: list, size: int, vividness: float, max_megapixels: float,
-               write) -> tuple[int, list[ColorizeError]]:
+               write) -> list[ColorizeError]:
     """Read, predict in batches, write; reading and writing in threads, few photographs at a time.
 
     plan: (input, output) each; write: takes the [(Job, prediction)] of one photograph's pages and
-    returns the line to print. Returns how many are done, and what went wrong with the others.
+    returns the line to print. Returns what went wrong.
     """
-    done, errors = 0, []
+    errors = []
 
     def attempt(function, argument):  # None where it failed
         try:
             return function(argument)
-        except FlagError:
-            raise
         except ColorizeError as error:
             errors.append(error)
             if len(plan) > 1:
@@ -563,8 +560,7 @@ def run_photos(model: ColorNet, plan: list, size: int, vividness: float, max_meg
     pages = (list(group) for _, group in groupby(predicted(), key=lambda pair: pair[0].source))
     for line in filter(None, ordered_map(partial(attempt, write), pages, 2, window=2)):
         print(line, flush=True)
-        done += 1
-    return done, errors
+    return errors
 
 
 def write_sheet(model: ColorNet, controls: Controls, description: str, compare: bool,
@@ -592,7 +588,7 @@ def write_pages(model: ColorNet, controls: Controls, description: str, compare: 
         deep = image.mode == "I;16" and len(pages) == 1 and not compare and tiff
         picture, mean, wanted = add_color(model, image, job.small, prediction, controls, deep)
         remarks.append(job.photo.note)
-        if image.mode == "RGB" and mean_chroma(image) > MIN_CHROMA:
+        if spread_of(small_ab(image)) > MIN_CHROMA:
             remarks.append("has colour already: only its lightness was used")
         if wanted is not None:
             remarks.append("mean ab {:.1f},{:.1f} asked, {:.1f},{:.1f} achieved".format(
@@ -601,18 +597,12 @@ def write_pages(model: ColorNet, controls: Controls, description: str, compare: 
                 remarks[-1] += ": the target is out of reach, this is the nearest found"
         if compare:
             gray, _ = finish(image, job.small, np.zeros((*job.small.shape, 2), np.float32))
-            gray = gray.crop((0, 0, 2 * image.width, image.height))  # room on its right
-            gray.paste(picture, (image.width, 0))
-            picture = gray
+            both = gray.crop((0, 0, 2 * image.width, image.height))  # room on its right
+            both.paste(picture, (image.width, 0))
+            picture = both
         elif job.photo.alpha is not None and not deep:
             picture.putalpha(job.photo.alpha)
         pictures.append(picture)
     write_photo(first.target, pictures, first.photo, description)
     line = f"{first.source} -> {first.target} ({image.width}x{image.height})"
     return "; ".join([line] + [remark for remark in dict.fromkeys(remarks) if remark])
-
-
-def mean_chroma(image: Image.Image) -> float:
-    """Mean chroma of an RGB photograph, from a small copy."""
-    small = image.resize((64, 64), Image.Resampling.BOX, reducing_gap=2.0)
-    return float(np.hypot(*np.moveaxis(rgb_to_lab(np.asarray(small))[..., 1:], -1, 0)).mean())

@@ -147,7 +147,8 @@ class Training:
         self.model = ColorNet(
             s["encoder"], s["decoder"], "bins" if s["loss"] == "bins" else "ab", s["stages"],
             len(self.classes) if s["class_weight"] else 0,
-            {"bins": bins, "prior": prior, "temperature": float(s["temperature"])})
+            {"bins": bins, "prior": prior, "temperature": s["temperature"],
+             "saturation": s["saturation"]})
         if resumed:
             self.start, self.trained = resumed["training"]["start"], set(resumed["training"]["trained"])
         else:
@@ -497,8 +498,10 @@ def check_settings(s: dict) -> None:
         raise FlagError(f"--rebalance {s['rebalance']}: must be 0..1 (1 is no rebalancing)")
     if not 0 < s["temperature"] <= 10:
         raise FlagError(f"--temperature {s['temperature']}: must be over 0 and at most 10")
-    if s["loss"] != "bins" and (s["rebalance"] != 1 or s["temperature"] != 1):
-        raise FlagError(f"--rebalance and --temperature go with --loss bins, not {s['loss']}")
+    if not 0 <= s["saturation"] <= 4:
+        raise FlagError(f"--saturation {s['saturation']}: must be 0..4")
+    if s["loss"] != "bins" and (s["rebalance"], s["temperature"], s["saturation"]) != (1, 1, 1):
+        raise FlagError(f"--rebalance, --temperature and --saturation go with --loss bins, not {s['loss']}")
     if s["loss"] == "bins" and s["chroma_weight"]:
         raise FlagError("--chroma_weight goes with the regressions; with bins use --rebalance")
     if s["loss"] == "gan" and s["init"] == "none":
@@ -514,7 +517,7 @@ def train(*, data: Path = Path("data/input"), out: Path = Path("checkpoints"), e
           freeze_bn: Literal["auto", "none", "encoder", "all"] = "auto",
           encoder_lr: float = 0.1, decoder_lr: float = 0.2, weight_decay: float = 0.01,
           ema: float = 0.999, clip: float = 1.0, crop: bool = True, film: bool = False, rebalance: float = 1.0,
-          temperature: float = 1.0, chroma_weight: float = 0.0, class_weight: float = 0.0,
+          temperature: float = 1.0, saturation: float = 1.0, chroma_weight: float = 0.0, class_weight: float = 0.0,
           l1_weight: float = 100.0, lr_discriminator: float = 1e-4, seed: int = 0,
           device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
           amp: Literal["auto", "bf16", "off"] = "auto", workers: int | None = None,
@@ -545,7 +548,8 @@ def train(*, data: Path = Path("data/input"), out: Path = Path("checkpoints"), e
     crop: train on random resized crops rather than whole squares
     film: make the input as films of other colour sensitivity saw it, with grain
     rebalance: bins: 1 none, towards 0 rare colours count more
-    temperature: bins: of the mean that is saved with the model; under 1 is more vivid
+    temperature: bins: of the mean that makes the colour, saved with the model; lower decides more
+    saturation: bins: factor on that mean, saved with the model
     chroma_weight: k: a pixel counts 1 + k chroma/110 times (mse, l1, huber, gan)
     class_weight: weight of telling the scene's class (class folders) besides; 0.0033 is usual
     l1_weight: gan: weight of l1 beside the adversarial loss

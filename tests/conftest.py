@@ -44,7 +44,7 @@ def make_checkpoint(path: Path, head: str) -> Path:
     torch.manual_seed(1)
     bins = color_bins()
     model = ColorNet(stages=2, head=head, colors={"bins": bins, "prior": torch.full((len(bins),), 1 / len(bins)),
-                                                  "temperature": 1.0})
+                                                  "temperature": 1.0, "saturation": 1.0})
     with torch.no_grad():
         model.head.weight.mul_(30)
         if head == "bins":  # likely colours near gray, as in photographs
