@@ -290,7 +290,8 @@ def save_checkpoint(path: Path, model: ColorNet, weights: dict | None = None, **
                 "weights": half_precision(weights or model.state_dict()), **extra}
     if model.arguments["head"] == "bins":
         contents["colors"] = {"bins": model.bins.cpu(), "prior": model.prior.cpu(),
-                              "temperature": model.temperature, "saturation": model.saturation}
+                              "temperature": float(model.temperature),
+                              "saturation": float(model.saturation)}
 
     def write(temporary):
         try:

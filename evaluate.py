@@ -9,6 +9,7 @@ Each photograph is coloured by the code of inference and scored at a short side 
 
 import csv
 import json
+import lzma
 import math
 import os
 import shutil
@@ -36,6 +37,8 @@ from colorize_data import (MIN_CHROMA, SIDE, ColorizeData, ColorizeError, FlagEr
 from inference import check_vividness, colorize, load_model, working_copy
 
 MAX_MEMBER = 300 << 20  # bytes of a photograph in an archive
+MAX_RATIO = 200         # of an archive's contents to its own size, from 1 MB on
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val"}
 # columns of the table: score, heading, digits
 SCORES = {"psnr": ("PSNR", 2), "ssim": ("SSIM", 3), "ciede2000": ("CIEDE2000", 2),
           "distance": ("ab dist.", 2), "auc": ("AuC", 3), "colorfulness": ("colourf.", 1),
@@ -44,27 +47,45 @@ SCORES = {"psnr": ("PSNR", 2), "ssim": ("SSIM", 3), "ciede2000": ("CIEDE2000", 2
 
 # ------------------------------------------------------------------------- the photographs
 
-def check_archive(source: Path) -> None:
-    """ColorizeError for an archive that reaches outside its folder, holds links, or is a bomb."""
-    if zipfile.is_zipfile(source):
-        with zipfile.ZipFile(source) as archive:
-            members = [(i.filename, i.file_size, stat.S_ISLNK(i.external_attr >> 16), i.compress_size)
-                       for i in archive.infolist()]
-    elif tarfile.is_tarfile(source):
-        with tarfile.open(source) as archive:
-            members = [(i.name, i.size, not (i.isfile() or i.isdir()), i.size) for i in archive]
-    else:
-        raise ColorizeError(f"--source {source}: neither a zip, a tar nor a folder; check the path")
-    for name, size, is_link, packed in members:
+def check_members(source: Path, members) -> None:
+    """ColorizeError for an archive that reaches outside its folder, holds links, or is a bomb.
+
+    members: (name, bytes, is it a link or a device) each, read one by one: a bomb is not read to
+    its end.
+    """
+    total, free, packed = 0, free_space(source.parent), source.stat().st_size
+    for name, size, is_link in members:
         if is_link or name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/"):
             raise ColorizeError(f"--source {source}: '{name}' is a link or leads out of the folder; "
                                 "nothing was taken; unpack it yourself if you trust it")
-        if size > MAX_MEMBER or size > 500 * max(packed, 1 << 20):
-            raise ColorizeError(f"--source {source}: '{name}' unpacks to {size >> 20} MB; no photograph "
-                                "is that large; nothing was taken")
-    total, free = sum(size for _, size, _, _ in members), free_space(source.parent)
-    if total > free:
-        raise ColorizeError(f"--source {source}: unpacks to {total >> 20} MB and {free >> 20} MB are free")
+        total += size
+        if size > MAX_MEMBER or total > MAX_RATIO * max(packed, 1 << 20):
+            raise ColorizeError(f"--source {source}: '{name}' unpacks to {size >> 20} MB, more than "
+                                "photographs do; nothing was taken")
+        if total > free:
+            raise ColorizeError(f"--source {source}: unpacks to over {free >> 20} MB, the space that "
+                                "is free; make room, or unpack it elsewhere and name the folder")
+
+
+def unpack(source: Path, folder: Path) -> None:
+    """Unpack a zip or tar, checked first; ColorizeError if it is neither, hostile or damaged."""
+    try:
+        if zipfile.is_zipfile(source):
+            with zipfile.ZipFile(source) as archive:
+                check_members(source, ((i.filename, i.file_size, stat.S_ISLNK(i.external_attr >> 16))
+                                       for i in archive.infolist()))
+                archive.extractall(folder)
+        elif tarfile.is_tarfile(source):
+            with tarfile.open(source) as archive:
+                check_members(source, ((i.name, i.size, not (i.isfile() or i.isdir()))
+                                       for i in archive))
+                archive.extractall(folder, filter="data")
+        else:
+            raise ColorizeError(f"--source {source}: neither a zip, a tar nor a folder; check the path")
+    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
+            tarfile.TarError) as error:  # RuntimeError: encrypted, or packed in an unknown way
+        raise ColorizeError(f"--source {source}: damaged or encrypted ({error}); get it again, or "
+                            "unpack it yourself and name the folder") from None
 
 
 def import_photos(source: Path, data: Path, val_fraction: float) -> None:
@@ -79,30 +100,24 @@ def import_photos(source: Path, data: Path, val_fraction: float) -> None:
     with tempfile.TemporaryDirectory(dir=data, prefix=".import-") as unpacked:
         folder = source
         if not source.is_dir():
-            check_archive(source)
             say(f"unpacking {source}")
             folder = Path(unpacked)
-            try:
-                shutil.unpack_archive(source, folder, None if source.suffix else "tar",
-                                      **({} if zipfile.is_zipfile(source) else {"filter": "data"}))
-            except (shutil.ReadError, ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error,
-                    tarfile.TarError) as error:
-                raise ColorizeError(f"--source {source}: damaged ({error}); get it again") from None
+            unpack(source, folder)
         counts, paths = Counter(), find_photos(folder)
         top = Path(os.path.commonpath([path.parent for path in paths])) if paths else folder
-        splits = {"train": "train", "val": "val", "valid": "val", "validation": "val"}
-        if top.name in splits:  # it has one of the two only
-            top = top.parent
+        for parent in (top, *top.parents):  # a set of which only train or val is there
+            if parent.name in SPLITS and (parent == folder or folder in parent.parents):
+                top = parent.parent
         for path in progress(paths, len(paths), f"import {source.name}"):
             name = path.relative_to(top)
-            if len(name.parts) > 1 and name.parts[0] in splits:
-                split, name = splits[name.parts[0]], Path(*name.parts[1:])
+            if len(name.parts) > 1 and name.parts[0] in SPLITS:
+                split, name = SPLITS[name.parts[0]], Path(*name.parts[1:])
             else:
                 split = "val" if in_validation(path, val_fraction) else "train"
-            target = data / split / name
-            counts["already there" if target.exists() else split] += 1
-            if not target.exists():
-                write_whole(target, lambda temporary: shutil.copyfile(path, temporary))
+            there = any((data / other / name).exists() for other in ("train", "val"))
+            counts["already there" if there else split] += 1
+            if not there:
+                write_whole(data / split / name, partial(shutil.copyfile, path))
     say(f"imported {source}: " + (", ".join(f"{n} {what}" for what, n in counts.items()) or "no photograph"))
 
 
@@ -157,7 +172,6 @@ def ab_histogram(counts: np.ndarray) -> Image.Image:
     ab = np.stack([a, b], axis=-1).astype(np.float32)
     L = (share.T[::-1] * 75).astype(np.float32)
     return Image.fromarray(to_8_bit(linear_to_srgb(lab_to_linear(L, into_gamut(L, ab)))))
-
 
 
 def check_overlap(data: Path) -> None:
@@ -294,7 +308,8 @@ def evaluate(*, image: Path = Path("data/input/val"), model: str | None = None, 
     """
     if not 32 <= size <= 2048:
         raise FlagError(f"--size {size}: must be 32..2048")
-    loaded = [load_model(name, device) for name in (model.split(",") if model else [None])]
+    names = [name.strip() for name in model.split(",")] if model else [None]
+    loaded = [load_model(name, device) for name in names]
     methods, hashes = {"gray": lambda picture: np.asarray(picture.convert("L").convert("RGB"))}, {}
     for network, path, contents in loaded:
         check_vividness(network, vividness)
@@ -415,7 +430,8 @@ def draw_curves(path: Path, history: list[dict]) -> None:
 def draw_panel(draw, left: int, top: int, width: int, height: int, title: str, curves: dict,
                log: bool) -> None:
     """One chart: frame, ticks, labels, a line a curve, a legend."""
-    points = [point for curve in curves.values() for point in curve]
+    curves = {name: [(x, y) for x, y in curve if math.isfinite(y)] for name, curve in curves.items()}
+    points = [point for curve in curves.values() for point in curve] or [(1, 1.0)]
     scale = (lambda y: math.log10(max(y, 1e-12))) if log else float
     low, high = min(scale(y) for _, y in points), max(scale(y) for _, y in points)
     margin = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
@@ -437,5 +453,7 @@ def draw_panel(draw, left: int, top: int, width: int, height: int, title: str, c
     for i, (name, curve) in enumerate(curves.items()):
         color = COLORS[i]
         line = [place(x, y) for x, y in curve]
-        draw.line(line, color, 2) if len(line) > 1 else draw.circle(line[0], 3, color)
+        draw.line(line, color, 2)
+        if len(line) == 1:  # a line of one point would not be seen
+            draw.circle(line[0], 3, color)
         draw.text((x1 - 6, y0 + 6 + 15 * i), name, color, caption_font(), "ra")

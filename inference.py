@@ -137,8 +137,8 @@ def move_mean(prediction: np.ndarray, L: np.ndarray, colors: np.ndarray | None,
     A bins prediction is tilted, an ab prediction shifted, fading to nothing at black and white.
     Gamut takes some of the mean away: up to 5 rounds add what is missing to what is asked for.
     """
+    best = plain = decode(prediction)
     asked, vector, nearest = np.array(target, np.float64), None, np.inf
-    plain = decode(prediction)
     fade = np.clip(4 * (L / 100) * (1 - L / 100), 0, 1)[..., None]
     for _ in range(6):
         if colors is None:

@@ -10,8 +10,10 @@ and every mistake in a flag answer before torch is imported.
 import ast
 import difflib
 import importlib
+import math
 import os
 import sys
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,7 +68,10 @@ def convert(name: str, text: str, flag: Flag):
         raise UsageError(f"--{name} {text}: choose one of {', '.join(map(str, flag.choices))}"
                          + suggest(text, map(str, flag.choices)))
     try:
-        return {"int": int, "float": float, "str": str, "Path": Path}[flag.kind](text)
+        value = {"int": int, "float": float, "str": str, "Path": Path}[flag.kind](text)
+        if flag.kind == "float" and not math.isfinite(value):
+            raise ValueError
+        return value
     except ValueError:
         kind = {"int": "a whole number", "float": "a number"}[flag.kind]
         raise UsageError(f"--{name} {text}: must be {kind}") from None
@@ -94,10 +99,10 @@ def parse(arguments: list[str], flags: dict[str, Flag]) -> dict:
             continue
         if off:
             raise UsageError(f"--{name} is no switch: it takes a value")
-        if not equals:
-            if not waiting or waiting[0].startswith("--"):
-                raise UsageError(f"--{name} needs a value")
+        if not equals and waiting and not waiting[0].startswith("--"):
             text = waiting.pop(0)
+        if not text:
+            raise UsageError(f"--{name} needs a value")
         values[name] = convert(name, text, flags[name])
     return values
 
@@ -105,20 +110,23 @@ def parse(arguments: list[str], flags: dict[str, Flag]) -> dict:
 def print_help(name: str | None = None) -> None:
     """The commands, or one command's flags, a line each."""
     if name is None:
-        print(__doc__.split("\n\n")[0] + "\n\nusage: python main.py COMMAND [--flag value | --switch]\n")
+        print(__doc__.split("\n\n")[0])
+        print("\nusage: python main.py COMMAND [--flag value | --switch]\n")
         for command in COMMANDS:
             print(f"  {command:<10} {read_command(command)[0]}")
         print("\npython main.py COMMAND --help lists a command's flags.")
         return
     summary, flags = read_command(name)
+    indent = " " * 29
     print(f"{summary}\n\nusage: python main.py {name} [--flag value | --switch]\n")
     for flag_name, flag in flags.items():
         kind = "|".join(map(str, flag.choices or [])) or {"bool": ""}.get(flag.kind, flag.kind)
-        left = f"--{flag_name} {kind}".strip()
+        left = f"  --{flag_name} {kind}".rstrip()
         default = "" if flag.default in ("None", "False") else f" [{flag.default}]"
         default = " [on; --no-...]" if flag.default == "True" else default
-        gap = "\n" + " " * 29 if len(left) > 26 else ""
-        print(f"  {left:<26}{gap or ' '}{flag.help}{default}")
+        left = f"{left:<29}" if len(left) < 29 else f"{left}\n{indent}"
+        lines = textwrap.wrap(flag.help + default, 71, break_on_hyphens=False)
+        print(left + f"\n{indent}".join(lines))
 
 
 def main(arguments: list[str]) -> int:
@@ -139,6 +147,15 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
+        return run(name, values)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def run(name: str, values: dict) -> int:
+    """Import a command and call it; returns the exit status."""
+    try:
         module = importlib.import_module(COMMANDS[name])
         from colorize_data import ColorizeError, FlagError
     except ImportError as error:
@@ -151,11 +168,9 @@ def main(arguments: list[str]) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, FlagError) else 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
     return 0
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may hold any bytes
     sys.exit(main(sys.argv[1:]))

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ import torch
 from PIL import Image
 from conftest import ROOT
 
-import train as train_module
 from basic_model import color_bins, load_checkpoint, read_tensors
 from colorize_data import ColorizeData, ColorizeError, FlagError, prepare
 from train import (BinsLoss, Training, color_statistics, ema_update, learning_rate, regression_loss,
