@@ -32,11 +32,12 @@ SIDE = 256         # stored photographs are SIDE x SIDE
 MIN_SIDE = 64      # smaller photographs teach little
 MIN_CHROMA = 2.0   # mean chroma under this: a gray photograph teaches gray
 MAX_MEGAPIXELS = 300
-NOT_PHOTOGRAPHS = {"PDF", "EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "FITS"}
 Image.init()
-FORMATS = [kind for kind in Image.ID if kind not in NOT_PHOTOGRAPHS]
+FORMATS = [kind for kind in Image.ID  # of photographs; an EPS would be run by Ghostscript
+           if kind not in {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "FITS"}]
 QUALITY = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True},
            "AVIF": {"quality": 95, "subsampling": "4:4:4"}}
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 # what EXIF says of the photograph; the other tags tell how one file lays out its pixels
 KEPT_TAGS = {ExifTags.Base[name] for name in (
     "DocumentName", "ImageDescription", "Make", "Model", "DateTime", "Artist", "Copyright",
@@ -152,13 +153,11 @@ def into_gamut(L: np.ndarray, ab: np.ndarray) -> np.ndarray:
     """
     outside = ~in_gamut(L, ab)
     L_out, ab_out = L[outside], ab[outside]
-    low, high = np.zeros_like(L_out), np.ones_like(L_out)
-    for _ in range(12):  # 2^-12 of a chroma of 110 is 0.03 units
-        middle = (low + high) / 2
-        good = in_gamut(L_out, ab_out * middle[:, None])
-        low, high = np.where(good, middle, low), np.where(good, high, middle)
+    share = np.zeros_like(L_out)
+    for bit in np.float32(0.5) ** np.arange(1, 13):  # 2^-12 of a chroma of 110 is 0.03 units
+        share += bit * in_gamut(L_out, ab_out * (share + bit)[:, None])
     result = ab.copy()
-    result[outside] = ab_out * low[:, None]
+    result[outside] = ab_out * share[:, None]
     return result
 
 
@@ -187,15 +186,12 @@ class Photo(NamedTuple):
 
 
 def find_photos(folder: Path) -> list[Path]:
-    """Every photograph below a folder, sorted; hidden and other files are passed over.
-
-    Links are followed, each real folder once, so that a loop of links ends.
-    """
+    """Every photograph below a folder, sorted; hidden and other files are passed over."""
     extensions = {extension for extension, kind in Image.EXTENSION.items() if kind in FORMATS}
     found, seen = [], set()
     for root, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
-        if real in seen:
+        if real in seen:  # links are followed, but a loop of them ends
             folders.clear()
             continue
         seen.add(real)
@@ -240,14 +236,18 @@ def decode_photo(image: Image.Image, pages: int) -> Photo:
     dpi, profile = image.info.get("dpi"), image.info.get("icc_profile")
     text = {key: value for key, value in (getattr(image, "text", None) or {}).items()
             if not key.startswith(("XML:", "Raw profile"))}  # these repeat the orientation
-    pixels, exif = upright(image)
-    pixels, alpha = split_alpha(pixels)
-    pixels, note = to_srgb(pixels, profile)
-    if pixels.mode != "I;16" and (";16" in layout or "65535" in layout):
+    image, exif = upright(image)
+    alpha = None
+    if image.mode[0] not in "IF" and image.has_transparency_data:
+        gray = image.mode in ("1", "L", "LA", "La")
+        image = image.convert("LA" if gray else "RGBA")
+        image, alpha = image.convert("L" if gray else "RGB"), image.getchannel("A")
+    image, note = to_srgb(image, profile)
+    if image.mode != "I;16" and (";16" in layout or "65535" in layout):
         note = "; ".join(filter(None, ["16-bit colour was read as 8-bit", note]))
-    info = {"exif": exif, "dpi": dpi if dpi and all(0 < x < 65536 for x in dpi) else None,
+    info = {"exif": exif, "dpi": dpi if dpi and all(1 < x < 65536 for x in dpi) else None,
             "text": text}
-    return Photo(pixels, alpha, info, pages, note)
+    return Photo(image, alpha, info, pages, note)
 
 
 def upright(image: Image.Image) -> tuple[Image.Image, Image.Exif]:
@@ -263,39 +263,32 @@ def upright(image: Image.Image) -> tuple[Image.Image, Image.Exif]:
         return image, Image.Exif()
 
 
-def split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """The image without alpha, and its alpha (mode L) or None."""
-    if image.mode[0] in "IF" or not image.has_transparency_data:
-        return image, None
-    gray = image.mode in ("1", "L", "LA", "La")
-    image = image.convert("LA" if gray else "RGBA")
-    return image.convert("L" if gray else "RGB"), image.getchannel("A")
-
-
 def to_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, str]:
     """The image as mode L, RGB or I;16 in sRGB, its ICC profile applied; and a note or ""."""
     mode = image.mode
     if mode in ("I", "F", "I;16B", "I;16L", "I;16N"):
         image = to_16_bit(image)
-    elif mode == "LAB":
-        lab = ImageCms.createProfile("LAB")
-        return ImageCms.profileToProfile(image, lab, srgb(), outputMode="RGB"), ""
-    elif mode not in ("L", "RGB", "CMYK", "I;16"):
+    elif mode not in ("L", "RGB", "CMYK", "LAB", "I;16"):
         image = image.convert("L" if mode == "1" else "RGB")
     plain = image.convert("RGB") if mode == "CMYK" else image
+    if mode == "LAB":  # its own profile is no other
+        profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
     if not profile:
         return plain, ""
+
+    def converted(image, **options):
+        return ImageCms.profileToProfile(image, BytesIO(profile), BytesIO(SRGB), outputMode="RGB",
+                                         **options)
     try:
-        source = ImageCms.ImageCmsProfile(BytesIO(profile))
-        if image.mode in ("L", "I;16"):  # a curve: find it from a ramp of all 256 grays
-            ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
-            ramp = ImageCms.profileToProfile(ramp, source, srgb(), outputMode="RGB")
-            curve = np.asarray(ramp)[0, :, 1]
-            if image.mode == "L":
-                return image.point(curve.tolist()), ""
-            table = np.interp(np.arange(65536) / 257, np.arange(256), curve * 257.0)
-            return Image.fromarray(np.rint(table).astype(np.uint16)[np.asarray(image)]), ""
-        return ImageCms.profileToProfile(image, source, srgb(), outputMode="RGB"), ""
+        if image.mode not in ("L", "I;16"):
+            return converted(image), ""
+        ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None])  # to find a curve
+        ramp = converted(ramp, flags=ImageCms.Flags.NOOPTIMIZE)  # which is coarse
+        curve = np.asarray(ramp)[0, :, 1]
+        if image.mode == "L":
+            return image.point(curve.tolist()), ""
+        table = np.interp(np.arange(65536) / 257, np.arange(256), curve * 257.0)
+        return Image.fromarray(np.rint(table).astype(np.uint16)[np.asarray(image)]), ""
     except (ImageCms.PyCMSError, OSError, ValueError):
         return plain, "its colour profile is damaged or does not fit and was not used"
 
@@ -305,17 +298,12 @@ def to_16_bit(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
         values = np.nan_to_num(values.astype(np.float32), posinf=0, neginf=0)
-        low, high = values.min(), values.max()
-        values = (values - low) * (65535 / max(high - low, 1e-12))
+        values = (values - values.min()) * (65535 / max(np.ptp(values), 1e-12))
     return Image.fromarray(values.astype(np.uint16))
 
 
-def srgb() -> ImageCms.ImageCmsProfile:
-    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
-
-
 def write_whole(path: Path, write) -> None:
-    """Call write(temporary path) and rename; on any failure nothing is left. OSErrors get a line."""
+    """Call write(temporary path) and rename; on any failure nothing is left."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -332,10 +320,7 @@ def write_whole(path: Path, write) -> None:
 
 
 def write_photo(path: Path, pages: list, photo: Photo, description: str = "") -> None:
-    """Write colour pages, the format by the extension, metadata and alpha carried over.
-
-    pages: Pillow RGB or RGBA images, or one uint16 array (H, W, 3) for a 16-bit TIFF.
-    """
+    """Write pages (RGB, RGBA; or one uint16 array for a TIFF) in the format of the extension."""
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind is None or kind not in Image.SAVE:
         raise ColorizeError(f"{path}: '{path.suffix}' is no picture format that can be written; "
@@ -344,7 +329,7 @@ def write_photo(path: Path, pages: list, photo: Photo, description: str = "") ->
     exif[ExifTags.Base.Software] = f"colorize {VERSION}"
     exif[ExifTags.Base.ImageDescription] = "; ".join(
         filter(None, [str(exif.get(ExifTags.Base.ImageDescription, "")), description]))
-    options = {"icc_profile": srgb().tobytes()} | QUALITY.get(kind, {})
+    options = {"icc_profile": SRGB} | QUALITY.get(kind, {})
     if kind == "TIFF" and len(pages) > 1:
         options |= {"save_all": True, "append_images": pages[1:]}
     metadata = {"exif": exif} | ({"dpi": dpi} if dpi else {})
@@ -357,7 +342,13 @@ def write_photo(path: Path, pages: list, photo: Photo, description: str = "") ->
     def write(temporary):
         first = pages[0]
         if isinstance(first, np.ndarray):
-            return write_deep(temporary, first, exif, dpi, options["icc_profile"])
+            import tifffile  # comes with scikit-image; Pillow writes no colour of 16 bits
+            texts = [(tag, "s", 0, value.encode("ascii", "replace"), True)
+                     for tag, value in exif.items() if isinstance(value, str)]
+            return tifffile.imwrite(
+                temporary, first, photometric="rgb", software=False, metadata=None, extratags=texts,
+                iccprofile=SRGB, resolution=tuple(map(float, dpi or (72, 72))),
+                resolutionunit="INCH")
         if first.mode == "RGBA" and kind in ("JPEG", "BMP", "PPM"):
             first = first.convert("RGB")  # these have no alpha
         try:
@@ -368,36 +359,21 @@ def write_photo(path: Path, pages: list, photo: Photo, description: str = "") ->
     write_whole(path, write)
 
 
-def write_deep(path: Path, pixels: np.ndarray, exif: Image.Exif, dpi, profile: bytes) -> None:
-    """Write uint16 (H, W, 3) as TIFF, which Pillow cannot, with the texts of its EXIF."""
-    import tifffile  # comes with scikit-image
-    texts = [(tag, "s", 0, value.encode("ascii", "replace"), True)
-             for tag, value in exif.items() if isinstance(value, str)]
-    tifffile.imwrite(path, pixels, photometric="rgb", resolution=tuple(map(float, dpi or (72, 72))),
-                     resolutionunit="INCH", software=False, metadata=None, iccprofile=profile,
-                     extratags=texts)
-
-
 # ------------------------------------------------------------------------------- the arrays
 
 def prepare(data: Path, val_fraction: float = 0.1, workers: int | None = None) -> dict:
-    """Build DATA/processed from DATA/train and DATA/val, or reuse it; a manifest for each split.
-
-    Without photographs in val, a `val_fraction` of train is set aside by a hash of the content.
-    """
+    """Build DATA/processed from DATA/train and DATA/val, or reuse it; a manifest for each split."""
     data, workers = Path(data), workers or os.cpu_count() or 1
     sources = {split: find_photos(data / split) for split in ("train", "val")}
     if not sources["train"]:
         raise ColorizeError(f"no photograph below {data / 'train'}; put some there, or name "
                             "another folder that holds train/ (and val/) with --data")
-    split_by_hash = not sources["val"]
     files = {path: [path.relative_to(data).as_posix(), path.stat().st_size, path.stat().st_mtime_ns]
              for paths in sources.values() for path in paths}
-    key = [ARRAY_FORMAT, SIDE, val_fraction if split_by_hash else None, [*files.values()]]
+    key = [ARRAY_FORMAT, SIDE, None if sources["val"] else val_fraction, [*files.values()]]
     fingerprint = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     processed = data / "processed"
-    manifests = {split: read_manifest(processed / f"{split}.json", fingerprint)
-                 for split in sources}
+    manifests = {split: read_manifest(processed, split, fingerprint) for split in sources}
     if all(manifests.values()):
         return manifests
     if (processed / "train.json").exists():
@@ -406,7 +382,7 @@ def prepare(data: Path, val_fraction: float = 0.1, workers: int | None = None) -
     if need > free:
         raise ColorizeError(f"{processed}: the arrays need {need / 1e9:.1f} GB and "
                             f"{free / 1e9:.1f} GB are free; make room, or put --data elsewhere")
-    if split_by_hash:
+    if not sources["val"]:
         photographs, sources = sources["train"], {"train": [], "val": []}
         aside = ordered_map(lambda path: in_validation(path, val_fraction), photographs, workers)
         for path, in_val in zip(photographs, aside):
@@ -417,9 +393,9 @@ def prepare(data: Path, val_fraction: float = 0.1, workers: int | None = None) -
         manifests[split] = build_array(processed / f"{split}.npy", {p: files[p] for p in paths},
                                        fingerprint, workers)
     if not manifests["train"]["photographs"]:
-        reasons = Counter(manifests["train"]["left_out"].values())
+        reasons = Counter(manifests["train"]["left_out"].values()).items()
         raise ColorizeError(f"no usable colour photograph below {data / 'train'}: "
-                            + ", ".join(f"{count} {reason}" for reason, count in reasons.items()))
+                            + ", ".join(f"{count} {reason}" for reason, count in reasons))
     return manifests
 
 
@@ -435,21 +411,19 @@ def content_hash(path: Path) -> str:
 
 def in_validation(path: Path, fraction: float) -> bool:
     """Whether a photograph belongs to validation: by its content, so that others never move it."""
-    try:
+    with contextlib.suppress(OSError):  # it will be counted among the unreadable
         return int(content_hash(path)[:8], 16) < fraction * 16 ** 8
-    except OSError:  # it will be counted among the unreadable
-        return False
+    return False
 
 
-def read_manifest(path: Path, fingerprint: str) -> dict | None:
+def read_manifest(processed: Path, split: str, fingerprint: str) -> dict | None:
     """A finished split's manifest if it is of these photographs, else None."""
-    try:
-        manifest = json.loads(path.read_text())
-        array = np.load(path.with_suffix(".npy"), mmap_mode="r")
-        good = len(array) == len(manifest["photographs"]) and manifest["fingerprint"] == fingerprint
-    except (OSError, EOFError, ValueError, TypeError, KeyError):  # none, or damaged
-        return None
-    return manifest if good else None
+    with contextlib.suppress(OSError, EOFError, ValueError, TypeError, KeyError):  # or damaged
+        manifest = json.loads((processed / f"{split}.json").read_text())
+        rows = len(np.load(processed / f"{split}.npy", mmap_mode="r"))
+        if (manifest["fingerprint"], len(manifest["photographs"])) == (fingerprint, rows):
+            return manifest
+    return None
 
 
 def lab_square(path: Path) -> tuple[np.ndarray | None, str]:
@@ -460,9 +434,7 @@ def lab_square(path: Path) -> tuple[np.ndarray | None, str]:
         return None, "unreadable"
     if min(image.size) < MIN_SIDE:
         return None, f"under {MIN_SIDE} pixels"
-    if image.mode != "RGB":
-        return None, "without colour"
-    square = ImageOps.fit(image, (SIDE, SIDE), Image.Resampling.LANCZOS)
+    square = ImageOps.fit(image.convert("RGB"), (SIDE, SIDE), Image.Resampling.LANCZOS)
     lab = rgb_to_lab(np.asarray(square))
     if np.hypot(lab[..., 1], lab[..., 2]).mean() < MIN_CHROMA:
         return None, "without colour"
@@ -472,19 +444,14 @@ def lab_square(path: Path) -> tuple[np.ndarray | None, str]:
 def build_array(array: Path, files: dict, fingerprint: str, workers: int) -> dict:
     """Write one split's array and then its manifest; returns the manifest.
 
-    files: {path: [relative name, bytes, time]}. The rows are streamed to the file behind a header
-    that is filled in at the end, so that memory does not grow with the number of photographs.
+    files: {path: [relative name, bytes, time]}. Rows are streamed, so that memory does not grow.
     """
     photographs, left_out, manifest_path = [], {}, array.with_suffix(".json")
-
-    def header(file):
-        shape = {"descr": "|u1", "fortran_order": False, "shape": (len(photographs), SIDE, SIDE, 3)}
-        np.lib.format.write_array_header_1_0(file, shape)  # padded: its length stays
 
     def write(temporary):
         manifest_path.unlink(missing_ok=True)  # the old one no longer holds
         with open(temporary, "wb") as file:
-            header(file)
+            file.seek(128)  # the header comes when the number of rows is known
             squares = ordered_map(lab_square, files, workers)
             squares = progress(squares, len(files), f"{array.stem} arrays")
             for (name, *status), (lab, reason) in zip(files.values(), squares):
@@ -492,12 +459,11 @@ def build_array(array: Path, files: dict, fingerprint: str, workers: int) -> dic
                     left_out[name] = reason
                     continue
                 file.write(lab.tobytes())
-                # the class is the first folder under the split, be it train/ or one set apart
-                label = name.split("/")[1] if name.count("/") > 1 else None
+                label = name.split("/")[1] if name.count("/") > 1 else None  # its class folder
                 photographs.append([name, *status, label])
             file.seek(0)
-            header(file)
-
+            np.lib.format.write_array_header_1_0(file, {
+                "descr": "|u1", "fortran_order": False, "shape": (len(photographs), SIDE, SIDE, 3)})
     write_whole(array, write)
     for reason, count in Counter(left_out.values()).items():
         names = [name for name, why in left_out.items() if why == reason][:3]
@@ -528,9 +494,8 @@ class ColorizeData(torch.utils.data.Dataset):
         self.crop, self.film, self.seed = crop, film, seed
         self.starts = np.cumsum([0] + [len(np.load(path, mmap_mode="r")) for path in self.paths])
         count = int(self.starts[-1])
-        self.chosen = np.arange(count)
-        if limit and limit < count:  # a fair sample, whatever the order of the files
-            self.chosen = np.sort(np.random.default_rng(0).permutation(count)[:limit])
+        # a limit takes a fair sample, whatever the order of the files
+        self.chosen = np.sort(np.random.default_rng(0).permutation(count)[:limit or None])
         self.labels = np.full(count, -1) if labels is None else np.asarray(labels)
         self._arrays, self._order = None, (None, None)
 
@@ -592,12 +557,8 @@ def as_is(batch):
 
 
 def film_lightness(lab: torch.Tensor, random: np.random.Generator) -> torch.Tensor:
-    """Replace L of stored Lab (3, H, W) by what a film of random colour sensitivity and grain saw.
-
-    Old emulsions were blind to red (orthochromatic) or shot through a filter: L is then a mixture
-    of R, G and B other than that of the eye. ab, the target, stays.
-    """
-    mixture = random.dirichlet([2.0, 2.0, 2.0])
+    """Replace L of stored Lab (3, H, W) by what a film of random sensitivity and grain saw."""
+    mixture = random.dirichlet([2.0, 2.0, 2.0])  # old films: blind to red, or behind a filter
     rgb = lab_to_rgb(decode_lab(lab.permute(1, 2, 0).numpy()))
     L = gray_to_L((rgb @ mixture).astype(np.float32))
     L = L + random.normal(0, random.uniform(0, 2), L.shape)  # grain, in units of L

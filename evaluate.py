@@ -310,7 +310,7 @@ def evaluate(*, image: Path = Path("data/input/val"), model: str | None = None, 
         raise FlagError(f"--size {size}: must be 32..2048")
     names = [name.strip() for name in model.split(",")] if model else [None]
     loaded = [load_model(name, device) for name in names]
-    methods, hashes = {"gray": lambda picture: np.asarray(picture.convert("L").convert("RGB"))}, {}
+    methods, hashes = {"gray": partial(mean_color_baseline, np.zeros((101, 2)))}, {}
     for network, path, contents in loaded:
         check_vividness(network, vividness)
         hashes[str(path)] = checkpoint_hash(path)
@@ -453,7 +453,8 @@ def draw_panel(draw, left: int, top: int, width: int, height: int, title: str, c
     for i, (name, curve) in enumerate(curves.items()):
         color = COLORS[i]
         line = [place(x, y) for x, y in curve]
-        draw.line(line, color, 2)
-        if len(line) == 1:  # a line of one point would not be seen
+        if len(line) > 1:
+            draw.line(line, color, 2)
+        elif line:
             draw.circle(line[0], 3, color)
         draw.text((x1 - 6, y0 + 6 + 15 * i), name, color, caption_font(), "ra")

@@ -30,9 +30,10 @@ from colorize_data import (MIN_CHROMA, VERSION, ColorizeError, FlagError, Photo,
                            picture_sheet, read_photo, rgb_to_lab, say, write_photo)
 
 STRIP = 1 << 20           # pixels of a strip: what is in memory at full resolution at a time
-BATCH, BATCH_PIXELS = 8, 50e6  # photographs that wait for the network together, and their pixels
+BATCH = 1 << 20           # pixels at working resolution that the network sees at once
+BATCH_PIXELS = 50e6       # of the photographs that wait for it
 MAX_DOWNLOAD = 200 << 20  # bytes
-GUIDE_EPSILON = 1e-3      # of the guided filter, for L in 0..1
+GUIDE_EPSILON = 10.0      # of the guided filter: 1e-3 for L in 0..1
 HINT_SIGMA, HINT_MU = 0.04, 1e-5  # of the hints' spreading: L difference in 0..1; pull to zero
 
 
@@ -112,17 +113,13 @@ def read_controls(mood=None, mean_color=None, reference=None, strength=1.0, satu
     bundle = MOODS[mood] if mood else Controls()
     target, spread = None if mean_color is None else read_mean_color(mean_color), None
     if reference is not None:
-        ab = small_ab(read_photo(Path(reference)).image)
+        small = working_copy(read_photo(Path(reference)).image, 128).convert("RGB")
+        ab = rgb_to_lab(np.asarray(small))[..., 1:]
         target, spread = tuple(ab.mean(axis=(0, 1)).tolist()), spread_of(ab)
     return Controls(  # explicit flags override a mood's own, which strength scales
         1 + strength * (bundle.saturation - 1) if saturation is None else saturation,
         bundle.vividness ** strength if vividness is None else vividness,
         bundle.shift, target, spread, strength, read_hints(hints or ""))
-
-
-def small_ab(image: Image.Image) -> np.ndarray:
-    """ab (h, w, 2) of a small copy of a photograph; zeros for a gray one."""
-    return rgb_to_lab(np.asarray(working_copy(image, 128).convert("RGB")))[..., 1:]
 
 
 def spread_of(ab: np.ndarray) -> float:
@@ -164,13 +161,12 @@ def spread_hints(L: np.ndarray, ab: np.ndarray, hints: list) -> np.ndarray:
     the prediction ab (h, w, 2), fixed on a 5-pixel disc at each hint; w_rs = exp(-(L_r - L_s)^2 /
     2 sigma^2). After Levin, Lischinski and Weiss 2004, in a form that is solved in time.
     """
-    height, width = L.shape
-    y, x = np.mgrid[:height, :width]
-    free, d = np.ones((height, width), np.float32), np.zeros((2, height, width), np.float32)
+    y, x = np.mgrid[:L.shape[0], :L.shape[1]]
+    free, d = np.ones_like(L), np.zeros((2, *L.shape), np.float32)
     for hx, hy, a, b in hints:
-        disc = (x - hx) ** 2 + (y - hy) ** 2 <= 2.5 ** 2
-        free[disc] = 0
-        d[:, disc] = (np.array([a, b], np.float32) - ab[disc]).T
+        like = np.abs(L - L[hy, hx]) <= 200 * HINT_SIGMA  # not across an outline
+        disc = ((x - hx) ** 2 + (y - hy) ** 2 <= 2.5 ** 2) & like
+        free[disc], d[:, disc] = 0, np.array([[a], [b]]) - ab[hy, hx, :, None]
     down, right = (np.exp(-np.diff(L / 100, axis=axis) ** 2 / (2 * HINT_SIGMA ** 2)).clip(min=1e-6)
                    for axis in (0, 1))
     total = HINT_MU + (np.pad(down, ((0, 1), (0, 0))) + np.pad(down, ((1, 0), (0, 0)))
@@ -183,19 +179,16 @@ def spread_hints(L: np.ndarray, ab: np.ndarray, hints: list) -> np.ndarray:
         result[..., :-1] -= right * d[..., 1:]
         result[..., 1:] -= right * d[..., :-1]
         return free * result
-
-    def dot(p, q):  # for a and for b
-        return np.einsum("cyx,cyx->c", p, q)[:, None, None]
     residual, direction, power, enough = -gradient(d), 0, np.float32(1), None
     for _ in range(3000):  # conjugate gradients, a and b side by side, scaled by the diagonal
         scaled = residual / total
-        power, last = dot(residual, scaled), power
+        power, last = (residual * scaled).sum(axis=(1, 2), keepdims=True), power
         enough = 1e-9 * power.max() if enough is None else enough  # 0.3 ab units from exact
         if power.max() <= enough:
             break
         direction = scaled + power / np.maximum(last, 1e-30) * direction
         product = gradient(direction)
-        rate = power / np.maximum(dot(direction, product), 1e-30)
+        rate = power / np.maximum((direction * product).sum(axis=(1, 2), keepdims=True), 1e-30)
         d += rate * direction
         residual -= rate * product
     return ab + d.transpose(1, 2, 0)
@@ -232,13 +225,11 @@ def predict(model: ColorNet, L: np.ndarray, vividness: float = 1.0) -> np.ndarra
     """
     device = next(model.parameters()).device
     gray = torch.from_numpy(np.ascontiguousarray(L))[:, None].to(device)
-    total = 0.0
-    for mirrored in (False, True):
-        output = model(gray.flip(-1) if mirrored else gray).float()
-        if model.arguments["head"] == "bins":
-            output = torch.softmax(output * (vividness / model.temperature), dim=1)
-        total = total + (output.flip(-1) if mirrored else output)
-    return (total / 2).cpu().numpy()
+    output = model(torch.cat([gray, gray.flip(-1)])).float()
+    if model.arguments["head"] == "bins":
+        output = torch.softmax(output * (vividness / model.temperature), dim=1)
+    plain, mirrored = output.chunk(2)
+    return ((plain + mirrored.flip(-1)) / 2).cpu().numpy()
 
 
 def choose_colors(model: ColorNet, prediction: np.ndarray, L: np.ndarray,
@@ -247,7 +238,8 @@ def choose_colors(model: ColorNet, prediction: np.ndarray, L: np.ndarray,
 
     The order: (vividness is in the prediction,) saturation, then reference, mean or mood.
     """
-    colors = model.bins.cpu().numpy() if model.arguments["head"] == "bins" else None
+    bins = model.arguments["head"] == "bins"
+    colors = model.bins.cpu().numpy() * model.saturation if bins else None
 
     def decode(values, factor):
         ab = torch.from_numpy(values)[None]
@@ -270,36 +262,34 @@ def choose_colors(model: ColorNet, prediction: np.ndarray, L: np.ndarray,
     return ab, wanted
 
 
+def guide_slope(L: np.ndarray, ab: np.ndarray) -> np.ndarray:
+    """The guided filter's mean coefficient (h, w, 2), ab units for a unit of L; radius 1."""
+    def mean(x):
+        return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+    guide, colors = (torch.from_numpy(x).double() for x in (L[None], ab.transpose(2, 0, 1)))
+    variance = mean(guide ** 2) - mean(guide) ** 2
+    covariance = mean(guide * colors) - mean(guide) * mean(colors)
+    return mean(covariance / (variance + GUIDE_EPSILON)).permute(1, 2, 0).float().numpy()
+
+
 def enlarger(L_small: np.ndarray, ab: np.ndarray, width: int, height: int):
     """A function that gives ab (h, w, 2) at the photograph's size, edge-aware, any rows at a time.
 
     bicubic(ab) + a * (L - bicubic(L_small)), a the local regression of ab on L: the coefficient of
     the guided filter (He and Sun 2015), radius 1.
     """
-    scale, slope = len(L_small) / height, guide_slope(L_small, ab)
-    planes = [Image.fromarray(np.ascontiguousarray(plane, np.float32)) for plane in
-              (ab[..., 0], ab[..., 1], slope[..., 0], slope[..., 1], L_small)]
+    planes = np.dstack([L_small, ab, guide_slope(L_small, ab)]).transpose(2, 0, 1)
+    planes = [Image.fromarray(np.ascontiguousarray(plane)) for plane in planes]
+    scale = len(L_small) / height
 
     def enlarge(L, top):  # L (rows, W), the photograph's from row `top` on, to ab (rows, W, 2)
         box = (0, top * scale, planes[0].width, (top + len(L)) * scale)
-        a, b, slope_a, slope_b, L_up = (
+        L_up, a, b, slope_a, slope_b = (
             np.asarray(plane.resize((width, len(L)), Image.Resampling.BICUBIC, box=box))
             for plane in planes)
         detail = L - L_up
         return np.stack([a + slope_a * detail, b + slope_b * detail], axis=-1)
     return enlarge
-
-
-def guide_slope(L: np.ndarray, ab: np.ndarray) -> np.ndarray:
-    """The guided filter's mean coefficient (h, w, 2), ab units for a unit of L; radius 1."""
-    def mean(x):
-        return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-    guide = torch.from_numpy(L).double()[None] / 100
-    colors = torch.from_numpy(ab).double().permute(2, 0, 1)
-    variance = mean(guide ** 2) - mean(guide) ** 2
-    covariance = mean(guide * colors) - mean(guide) * mean(colors)
-    slope = mean(covariance / (variance + GUIDE_EPSILON)) / 100
-    return slope.permute(1, 2, 0).float().numpy()
 
 
 def finish(image: Image.Image, small: np.ndarray, ab: np.ndarray, hints: tuple = (),
@@ -360,7 +350,7 @@ def add_color(model: ColorNet, image: Image.Image, small: np.ndarray, prediction
                             f"{image.width}x{image.height}; the origin is the top left")
         hints.append((int(x * scale), int(y * small.shape[0] / image.height), a, b))
     if hints:
-        ab = spread_hints(small, ab, hints)
+        ab = spread_hints(small, into_gamut(small, ab), hints)
     return *finish(image, small, ab, controls.hints, deep), wanted
 
 
@@ -400,8 +390,10 @@ def load_model(model: str | Path | None, device: str) -> tuple[ColorNet, Path, d
 
 def download(url: str, folder: Path) -> Path:
     """Fetch an http(s) URL into a folder, at most MAX_DOWNLOAD bytes; ColorizeError otherwise."""
-    name = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name or "photograph"
+    if not url.startswith(("http://", "https://")):
+        raise ColorizeError(f"{url}: only http and https are fetched; download it yourself")
     try:
+        name = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name or "photograph"
         with urllib.request.urlopen(url, timeout=30) as response:
             if not response.url.startswith(("http://", "https://")):
                 raise ValueError("it leads to something else than http")
@@ -415,21 +407,18 @@ def download(url: str, folder: Path) -> Path:
     return folder / name
 
 
-def plan_outputs(image: str, output: Path | None, folder: Path, ending: str) -> list[tuple]:
+def plan_outputs(image: str, output: Path | None, folder: Path, kind: str) -> list[tuple]:
     """(input, output) of every photograph asked for. `folder`: where downloads go."""
-    source, output = Path(image), Path(output or "data/output")
-    if "://" in image:
-        if not image.startswith(("http://", "https://")):
-            raise ColorizeError(f"{image}: only http and https are fetched; download it yourself")
-        source = download(image, folder)
+    source = download(image, folder) if "://" in image else Path(image)
+    output = Path(output or "data/output")
     if not source.is_dir():
         named = output.suffix.lower() in Image.registered_extensions() and not output.is_dir()
-        return [(source, output if named else output / f"{source.stem}{ending}")]
+        return [(source, output if named else output / f"{source.stem}_{kind}.png")]
     plan, paths = {}, find_photos(source)
     alike = Counter(path.with_suffix("") for path in paths)  # a.jpg and a.png keep their endings
     for path in paths:
         stem = path.stem if alike[path.with_suffix("")] == 1 else path.name
-        plan[path] = output / path.relative_to(source).with_name(stem + ending)
+        plan[path] = output / path.relative_to(source).with_name(f"{stem}_{kind}.png")
     results, inside = {target.resolve() for target in plan.values()}, output.resolve()
     plan = [(path, target) for path, target in plan.items() if path.resolve() not in results
             and (inside == source.resolve() or inside not in path.resolve().parents)]
@@ -481,13 +470,12 @@ def inference(*, image: str = "data/input/val", model: str | None = None,
     check_vividness(network, vividness)
     say(f"loaded {path} ({contents['model']['encoder']}, {contents['model']['head']}) "
         f"on {next(network.parameters()).device}")
-    settings = [f"size {size}"] + [f"{name} {value}" for name, value in controls._asdict().items()
-                                   if value != Controls._field_defaults[name]]
-    description = ", ".join([f"Colours added by colorize {VERSION}", checkpoint_hash(path)] + settings)
+    settings = {"checkpoint": checkpoint_hash(path), "size": size, **controls._asdict()}
+    description = f"Colours added by colorize {VERSION}, " + ", ".join(
+        f"{name} {value}" for name, value in settings.items() if value not in (None, ()))
     write = partial(write_sheet if sheet else write_pages, network, controls, description, compare)
     with tempfile.TemporaryDirectory() as folder:
-        ending = "_sheet.png" if sheet else "_color.png"
-        plan = plan_outputs(str(image), output, Path(folder), ending)
+        plan = plan_outputs(str(image), output, Path(folder), "sheet" if sheet else "color")
         if hints and len(plan) > 1:
             raise FlagError("--hints are for one photograph, not a folder")
         left = [(source, target) for source, target in plan  # several pages become a .tif
@@ -502,33 +490,32 @@ def inference(*, image: str = "data/input/val", model: str | None = None,
             f"{len(errors)} of {len(plan)} photographs could not be coloured; see above")
 
 
-def read_pages(size: int, max_megapixels: float, pair: tuple[Path, Path]) -> list[Job]:
-    """The pages of a photograph (one, but for TIFFs), ready for the network."""
+def read_pages(size: int, limit: float, pair: tuple[Path, Path]) -> list[Job]:
+    """The pages of a photograph (one, but for TIFFs), ready for the network; limit: megapixels."""
     source, target = pair
-    first = read_photo(source, max_megapixels=max_megapixels)
+    first = read_photo(source, max_megapixels=limit)
     if first.pages > 1:
-        if first.pages * first.image.width * first.image.height > max_megapixels * 1e6:
+        if first.pages * first.image.width * first.image.height > limit * 1e6:
             raise ColorizeError(f"{source}: its {first.pages} pages together are over the limit of "
-                                f"{max_megapixels:g} megapixels; raise --max_megapixels")
+                                f"{limit:g} megapixels; raise --max_megapixels")
         if target.name.endswith(("_color.png", "_sheet.png")):  # not the user's own choice
             target = target.with_suffix(".tif")
         if target.suffix.lower() not in (".tif", ".tiff"):
             raise ColorizeError(f"{source}: has {first.pages} pages; name a .tif as --output")
     if target.exists() and target.samefile(source):
         raise ColorizeError(f"{target}: is the photograph itself; name another --output")
-    pages = [first] + [read_photo(source, page, max_megapixels=max_megapixels)
-                       for page in range(1, first.pages)]
+    pages = [first] + [read_photo(source, n, max_megapixels=limit) for n in range(1, first.pages)]
     return [Job(source, target, page, lightness(working_copy(page.image, size))) for page in pages]
 
 
 def batches(jobs):
-    """Consecutive jobs of equal working shape together, up to BATCH, or BATCH_PIXELS in all."""
+    """Consecutive jobs of equal working shape together, up to BATCH and BATCH_PIXELS."""
     for _, alike in groupby(jobs, key=lambda job: job.small.shape):
         batch, pixels = [], 0
         for job in alike:
             batch.append(job)
             pixels += job.photo.image.width * job.photo.image.height
-            if len(batch) == BATCH or pixels > BATCH_PIXELS:
+            if len(batch) * job.small.size > BATCH - job.small.size or pixels > BATCH_PIXELS:
                 yield batch
                 batch, pixels = [], 0
         if batch:
@@ -537,10 +524,9 @@ def batches(jobs):
 
 def run_photos(model: ColorNet, plan: list, size: int, vividness: float, max_megapixels: float,
                write) -> list[ColorizeError]:
-    """Read, predict in batches, write; reading and writing in threads, few photographs at a time.
+    """Read, predict in batches, write, few photographs at a time; returns what went wrong.
 
-    plan: (input, output) each; write: takes the [(Job, prediction)] of one photograph's pages and
-    returns the line to print. Returns what went wrong.
+    plan: (input, output) each; write: [(Job, prediction)] of a photograph to the line to print.
     """
     errors = []
 
@@ -588,7 +574,8 @@ def write_pages(model: ColorNet, controls: Controls, description: str, compare: 
         deep = image.mode == "I;16" and len(pages) == 1 and not compare and tiff
         picture, mean, wanted = add_color(model, image, job.small, prediction, controls, deep)
         remarks.append(job.photo.note)
-        if spread_of(small_ab(image)) > MIN_CHROMA:
+        small = working_copy(image, 128).convert("RGB")
+        if spread_of(rgb_to_lab(np.asarray(small))[..., 1:]) > MIN_CHROMA:
             remarks.append("has colour already: only its lightness was used")
         if wanted is not None:
             remarks.append("mean ab {:.1f},{:.1f} asked, {:.1f},{:.1f} achieved".format(

@@ -1,4 +1,4 @@
-"""Speed, as ratios to what bounds it: python tests/benchmark.py [loop data build inference bf16]
+"""Speed, as ratios to what bounds it, and edges: python tests/benchmark.py [loop data ... edges]
 
 Prints a line a figure with its target. Run it with nothing else running.
 """
@@ -15,13 +15,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from skimage.color import rgb2lab
+from skimage.color import deltaE_ciede2000, rgb2lab
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from basic_model import ColorNet, load_checkpoint, read_tensors, save_checkpoint, use_bf16  # noqa: E402
 from colorize_data import ColorizeData, build_array, decode_lab, find_photos, prepare  # noqa: E402
+from inference import (Controls, choose_colors, enlarger, guide_slope, lightness, predict,  # noqa: E402
+                       working_copy)
 from train import regression_loss, train  # noqa: E402
 
 SAMPLES = ROOT / "data" / "input"
@@ -160,8 +162,68 @@ def benchmark_bf16(folder: Path) -> None:
            f"{fast:.1f}/{plain:.1f} = {fast / plain:.2f}", "")
 
 
+# ------------------------------------------------------- bringing ab to full resolution
+
+def resized(plane: np.ndarray, shape, method) -> np.ndarray:
+    """(h, w, ...) to the shape (H, W), plane by plane."""
+    planes = np.moveaxis(plane.reshape(*plane.shape[:2], -1), -1, 0)
+    out = [np.asarray(Image.fromarray(np.ascontiguousarray(p, np.float32)).resize(shape[::-1], method))
+           for p in planes]
+    return np.stack(out, axis=-1).reshape(*shape, *plane.shape[2:])
+
+
+def guided(ab, small, L):
+    """The fast guided filter (He and Sun 2015), radius 1: a and b fitted small, applied large."""
+    slope = guide_slope(small, ab)
+    intercept = ab - slope * small[..., None]
+    return resized(slope, L.shape, Image.Resampling.BILINEAR) * L[..., None] \
+        + resized(intercept, L.shape, Image.Resampling.BILINEAR)
+
+
+def joint_bilateral(ab, small, L):
+    """Joint bilateral upsampling (Kopf et al. 2007): 5x5 neighbours by distance and by likeness of L."""
+    y, x = ((np.arange(n) + 0.5) * m / n - 0.5 for n, m in zip(L.shape, small.shape))
+    total, weights = 0.0, 0.0
+    for dy in range(-2, 3):
+        for dx in range(-2, 3):
+            j = np.clip(np.rint(y).astype(int) + dy, 0, small.shape[0] - 1)
+            i = np.clip(np.rint(x).astype(int) + dx, 0, small.shape[1] - 1)
+            near = np.exp(-((j - y)[:, None] ** 2 + (i - x)[None] ** 2) / 2)
+            weight = (near * np.exp(-(small[np.ix_(j, i)] - L) ** 2 / (2 * 5.0 ** 2)) + 1e-9)[..., None]
+            total, weights = total + weight * ab[np.ix_(j, i)], weights + weight
+    return total / weights
+
+
+def edge_aware(ab, small, L):
+    return enlarger(small, ab, L.shape[1], L.shape[0])(L, 0)
+
+
+def benchmark_edges(folder: Path) -> None:
+    """Mean CIEDE2000 over the sample validation photographs of ab brought back to full resolution."""
+    methods = {"bilinear": lambda ab, small, L: resized(ab, L.shape, Image.Resampling.BILINEAR),
+               "bicubic": lambda ab, small, L: resized(ab, L.shape, Image.Resampling.BICUBIC),
+               "guided filter": guided, "joint bilateral": joint_bilateral, "ours": edge_aware}
+    model, errors = load_checkpoint(ROOT / "checkpoints" / "pretrained.tar")[0], {}
+    for path in find_photos(SAMPLES / "val"):
+        image = Image.open(path).convert("RGB").reduce(2)  # JPEG stores colour at half the resolution
+        lab = rgb2lab(np.asarray(image)).astype(np.float32)
+        for kind, factors in (("true", (2, 4, 8, 16)), ("predicted", (2, 4))):
+            for factor in factors:
+                gray = working_copy(image, min(image.size) // factor)
+                small, ab = lightness(gray), rgb2lab(np.asarray(gray))[..., 1:].astype(np.float32)
+                if kind == "predicted":
+                    ab = choose_colors(model, predict(model, small[None])[0], small, Controls())[0]
+                for name, method in methods.items():
+                    made = np.concatenate([lab[..., :1], method(ab, small, lab[..., 0])], axis=-1)
+                    errors.setdefault((name, f"{kind} x{factor}"), []).append(deltaE_ciede2000(lab, made).mean())
+    columns = list(dict.fromkeys(column for _, column in errors))
+    print(f"{'CIEDE2000, ab reduced by':<26}" + "".join(f"{column:>15}" for column in columns))
+    for name in methods:
+        print(f"{name:<26}" + "".join(f"{np.mean(errors[name, column]):>15.2f}" for column in columns))
+
+
 if __name__ == "__main__":
-    names = ["loop", "data", "build", "inference", "bf16"]
+    names = ["loop", "data", "build", "inference", "bf16", "edges"]
     with tempfile.TemporaryDirectory() as temporary:
         for name in sys.argv[1:] or names:
             globals()[f"benchmark_{name}"](Path(temporary))
