@@ -1,0 +1,78 @@
+"""Objectives and networks against each other: trains each for 1,000 steps, prints README's table.
+
+    python tests/compare.py DATA INIT OUT [STEPS]
+
+DATA: a folder with train/CLASS/ (some 10,000 photographs) and val/. INIT: an encoder's state dict or a
+checkpoint. OUT: where checkpoints and objectives.png (the sample photographs, a row an objective) go. A
+setting whose checkpoint is there is not trained again.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from basic_model import load_checkpoint  # noqa: E402
+from colorize_data import (ColorizeData, decode_lab, find_photos, lab_to_rgb, picture_sheet,  # noqa: E402
+                           read_photo, to_8_bit)
+from evaluate import score, summarize  # noqa: E402
+from inference import colorize, working_copy  # noqa: E402
+from train import train  # noqa: E402
+
+BATCH, SIZE, SCORED = 32, 128, 400
+RUNS = {  # name: flags beside those that all share
+    "mse": {}, "l1": {"loss": "l1"}, "huber": {"loss": "huber"},
+    "huber, chroma weight 2": {"loss": "huber", "chroma_weight": 2.0},
+    "bins": {"loss": "bins"}, "bins, rebalance 0.5": {"loss": "bins", "rebalance": 0.5},
+    "bins, class weight 0.0033": {"loss": "bins", "class_weight": 1 / 300},
+    "mse, plain": {"decoder": "plain"}, "mse, dense": {"decoder": "dense"},
+    "mse, frozen encoder": {"freeze_encoder": True},
+    "mse, seed 1": {"seed": 1}, "mse, seed 2": {"seed": 2},
+}
+
+
+@torch.inference_mode()
+def scores(model, val: ColorizeData, temperature: float | None) -> dict:
+    """Means over the first SCORED photographs of a fair sample of val."""
+    rows = []
+    for n in range(len(val)):
+        stored, _ = val.__getitems__([n])
+        lab = decode_lab(stored)
+        ab = model.predict(lab[:, :1], temperature)
+        made, true = (to_8_bit(lab_to_rgb(x[0].permute(1, 2, 0).numpy()))
+                      for x in (torch.cat([lab[:, :1], ab], dim=1), lab))
+        rows.append(score(made, true))
+    return summarize(rows)
+
+
+def main(data: str, init: str, out: str, steps: str = "1000") -> None:
+    limit = int(steps) * BATCH // 3  # three epochs
+    print("| setting | parameters, M | photographs/s | PSNR | CIEDE2000 | colourfulness of the truth's |")
+    print("|---|---|---|---|---|---|")
+    tiles, captions, val = [], [], ColorizeData([Path(data, "processed", "val.npy")], size=SIZE, limit=SCORED)
+    samples = [working_copy(read_photo(path).image, 192) for path in find_photos(ROOT / "data" / "input" / "val")]
+    for name, flags in RUNS.items():
+        folder = Path(out, name.replace(", ", "_").replace(" ", ""))
+        if not (folder / "best_model.tar").exists():
+            train(data=Path(data), out=folder, **{"epochs": 3, "batch_size": BATCH, "size": SIZE, "init": init,
+                                                  "limit": limit} | flags)
+        model, contents = load_checkpoint(folder / "best_model.tar")
+        rate = contents["training"]["scores"]["images_per_second"]
+        size = sum(p.numel() for p in model.parameters()) / 1e6
+        for temperature in (1.0, 0.5, 0.25) if model.arguments["head"] == "bins" else (None,):
+            found = scores(model, val, temperature)
+            label = name + (f", T {temperature}" if temperature else "")
+            cells = [f"{found[k][0]:.2f} ± {found[k][1]:.2f}" for k in ("psnr", "ciede2000", "ratio")]
+            print(f"| {label} | {size:.1f} | {rate:.0f} | " + " | ".join(cells) + " |", flush=True)
+        if "seed" not in name:
+            tiles += [colorize(model, sample, SIZE) for sample in samples]
+            captions += [name] + [""] * (len(samples) - 1)
+    sheet = picture_sheet(tiles + samples, len(samples), captions + ["truth"] + [""] * (len(samples) - 1), 120)
+    sheet.save(Path(out, "objectives.png"))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
