@@ -30,10 +30,10 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from basic_model import checkpoint_hash
 from colorize_data import (MIN_CHROMA, SIDE, ColorizeData, ColorizeError, FlagError, caption_font,
-                           class_names, content_hash, decode_lab, find_photos, free_space, in_validation,
-                           into_gamut, lab_to_linear, lab_to_rgb, linear_to_srgb, ordered_map,
-                           picture_sheet, prepare, progress, read_photo, rgb_to_lab, say, to_8_bit,
-                           write_whole)
+                           class_names, content_hash, decode_lab, find_photos, free_space,
+                           in_validation, into_gamut, lab_to_linear, lab_to_rgb, linear_to_srgb,
+                           ordered_map, picture_sheet, prepare, progress, read_photo, rgb_to_lab,
+                           say, to_8_bit, write_whole)
 from inference import check_vividness, colorize, load_model, working_copy
 
 MAX_MEMBER = 300 << 20  # bytes of a photograph in an archive
@@ -56,15 +56,16 @@ def check_members(source: Path, members) -> None:
     total, free, packed = 0, free_space(source.parent), source.stat().st_size
     for name, size, is_link in members:
         if is_link or name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/"):
-            raise ColorizeError(f"--source {source}: '{name}' is a link or leads out of the folder; "
-                                "nothing was taken; unpack it yourself if you trust it")
+            raise ColorizeError(f"--source {source}: '{name}' is a link or leads out of the "
+                                "folder; nothing was taken; unpack it yourself if you trust it")
         total += size
         if size > MAX_MEMBER or total > MAX_RATIO * max(packed, 1 << 20):
-            raise ColorizeError(f"--source {source}: '{name}' unpacks to {size >> 20} MB, more than "
-                                "photographs do; nothing was taken")
+            raise ColorizeError(f"--source {source}: '{name}' unpacks to {size >> 20} MB, "
+                                f"all so far to {total >> 20} MB, more than photographs do; "
+                                "nothing was taken")
         if total > free:
-            raise ColorizeError(f"--source {source}: unpacks to over {free >> 20} MB, the space that "
-                                "is free; make room, or unpack it elsewhere and name the folder")
+            raise ColorizeError(f"--source {source}: unpacks to over {free >> 20} MB, the space "
+                                "that is free; make room, or unpack it elsewhere")
 
 
 def unpack(source: Path, folder: Path) -> None:
@@ -72,8 +73,9 @@ def unpack(source: Path, folder: Path) -> None:
     try:
         if zipfile.is_zipfile(source):
             with zipfile.ZipFile(source) as archive:
-                check_members(source, ((i.filename, i.file_size, stat.S_ISLNK(i.external_attr >> 16))
-                                       for i in archive.infolist()))
+                check_members(source, (
+                    (i.filename, i.file_size, stat.S_ISLNK(i.external_attr >> 16))
+                    for i in archive.infolist()))
                 archive.extractall(folder)
         elif tarfile.is_tarfile(source):
             with tarfile.open(source) as archive:
@@ -81,15 +83,16 @@ def unpack(source: Path, folder: Path) -> None:
                                        for i in archive))
                 archive.extractall(folder, filter="data")
         else:
-            raise ColorizeError(f"--source {source}: neither a zip, a tar nor a folder; check the path")
-    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
-            tarfile.TarError) as error:  # RuntimeError: encrypted, or packed in an unknown way
+            raise ColorizeError(f"--source {source}: neither a zip, a tar nor a folder; "
+                                "check the path")
+    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error,
+            lzma.LZMAError, tarfile.TarError) as error:  # RuntimeError: encrypted, unknown packing
         raise ColorizeError(f"--source {source}: damaged or encrypted ({error}); get it again, or "
                             "unpack it yourself and name the folder") from None
 
 
 def import_photos(source: Path, data: Path, val_fraction: float) -> None:
-    """Take the photographs of a zip, tar or folder into DATA/train and DATA/val, class folders kept.
+    """Take the photographs of a zip, tar or folder into DATA/train and DATA/val, classes kept.
 
     A set that comes with train and val folders stays split so; else the split is by a hash of each
     content, so that adding photographs moves none. Those already there are passed over.
@@ -118,7 +121,8 @@ def import_photos(source: Path, data: Path, val_fraction: float) -> None:
             counts["already there" if there else split] += 1
             if not there:
                 write_whole(data / split / name, partial(shutil.copyfile, path))
-    say(f"imported {source}: " + (", ".join(f"{n} {what}" for what, n in counts.items()) or "no photograph"))
+    taken = ", ".join(f"{n} {what}" for what, n in counts.items()) or "no photograph"
+    say(f"imported {source}: {taken}")
 
 
 def data(*, data: Path = Path("data/input"), source: Path | None = None, val_fraction: float = 0.1,
@@ -148,7 +152,15 @@ def data(*, data: Path = Path("data/input"), source: Path | None = None, val_fra
             counts.items(), key=lambda item: str(item[0]))))
     else:
         print("classes: none (no class folders)")
-    stored = np.load(processed / "train.npy", mmap_mode="r")
+    histogram = print_colors(np.load(processed / "train.npy", mmap_mode="r"))
+    dataset = ColorizeData([processed / "train.npy"], train=True)
+    write_preview(processed / "preview.png", dataset, histogram)
+    print(f"{processed / 'preview.png'}: samples as the network sees them (L, ab at L 60, colour) "
+          "and the histogram of ab")
+
+
+def print_colors(stored: np.ndarray) -> np.ndarray:
+    """Mean and spread of stored ab, share near gray; returns counts (256, 256) of a and b."""
     histogram, near_gray = np.zeros(65536), 0
     for row in stored:
         ab = row[::4, ::4, 1:].reshape(-1, 2).astype(np.int64)
@@ -158,11 +170,10 @@ def data(*, data: Path = Path("data/input"), source: Path | None = None, val_fra
     axis, total = np.arange(-128, 128), histogram.sum()
     for name, marginal in (("a", histogram.sum(1)), ("b", histogram.sum(0))):
         mean = (marginal * axis).sum() / total
-        print(f"{name}*: mean {mean:.1f}, spread {np.sqrt((marginal * (axis - mean) ** 2).sum() / total):.1f}")
+        spread = np.sqrt((marginal * (axis - mean) ** 2).sum() / total)
+        print(f"{name}*: mean {mean:.1f}, spread {spread:.1f}")
     print(f"near gray (mean chroma under {2.5 * MIN_CHROMA:g}): {near_gray / len(stored):.1%}")
-    write_preview(processed / "preview.png", ColorizeData([processed / "train.npy"], train=True), histogram)
-    print(f"{processed / 'preview.png'}: samples as the network sees them (L, ab at L 60, colour) and the "
-          "histogram of ab")
+    return histogram
 
 
 def ab_histogram(counts: np.ndarray) -> Image.Image:
@@ -182,8 +193,8 @@ def check_overlap(data: Path) -> None:
     for path in splits["train"]:
         for other in sizes.get(path.stat().st_size, []):
             if content_hash(path) == content_hash(other):
-                raise ColorizeError(f"{path} and {other} are the same photograph, in train and in val; "
-                                    "delete one, or scores will flatter")
+                raise ColorizeError(f"{path} and {other} are the same photograph, in train and "
+                                    "in val; delete one, or scores will flatter")
 
 
 def write_preview(path: Path, dataset: ColorizeData, histogram: np.ndarray) -> None:
@@ -195,8 +206,8 @@ def write_preview(path: Path, dataset: ColorizeData, histogram: np.ndarray) -> N
         gray[..., 1:], flat[..., 0] = 0, 60
         flat[..., 1:] = into_gamut(flat[..., 0], flat[..., 1:])
         tiles += [to_8_bit(lab_to_rgb(version)) for version in (gray, flat, lab)]
-    sheet = picture_sheet(tiles + [ab_histogram(histogram)], 6,
-                          ["L", "ab at L 60", "colour"] * (len(tiles) // 3) + ["histogram of ab"], 192)
+    captions = ["L", "ab at L 60", "colour"] * (len(tiles) // 3) + ["histogram of ab"]
+    sheet = picture_sheet(tiles + [ab_histogram(histogram)], 6, captions, 192)
     write_whole(path, lambda name: sheet.save(name, "PNG"))
 
 
@@ -214,7 +225,7 @@ def psnr(rgb: np.ndarray, true_rgb: np.ndarray) -> float:
 
 
 def colorfulness(rgb: np.ndarray) -> float:
-    """Colourfulness of an sRGB picture (..., 3) in 0..1 (Hasler and Suesstrunk 2003), signed rg and yb."""
+    """Colourfulness of sRGB (..., 3) in 0..1 (Hasler and Suesstrunk 2003), signed rg and yb."""
     red, green, blue = np.moveaxis(rgb * 255.0, -1, 0)
     rg, yb = red - green, (red + green) / 2 - blue
     return float(np.hypot(rg.std(), yb.std()) + 0.3 * np.hypot(rg.mean(), yb.mean()))
@@ -236,7 +247,8 @@ def score(rgb: np.ndarray, true_rgb: np.ndarray) -> dict[str, float]:
     made, true = rgb / np.float32(255), true_rgb / np.float32(255)
     window = min(7, (min(rgb.shape[:2]) - 1) // 2 * 2 + 1)
     return {"psnr": psnr(made, true),
-            "ssim": float(structural_similarity(true, made, win_size=window, channel_axis=-1, data_range=1.0)),
+            "ssim": float(structural_similarity(true, made, win_size=window, channel_axis=-1,
+                                                data_range=1.0)),
             "ciede2000": float(deltaE_ciede2000(true_lab, lab).mean()),
             "distance": mean_ab_distance(lab[..., 1:], true_lab[..., 1:]),
             "auc": area_under_curve(lab[..., 1:], true_lab[..., 1:]),
@@ -263,7 +275,8 @@ def summarize(rows: list[dict]) -> dict[str, tuple[float, float]]:
     summary, n = {}, len(rows)
     for name in SCORES:
         if name == "ratio":
-            made, true = (np.array([row[key] for row in rows]) for key in ("colorfulness", "true_colorfulness"))
+            made, true = (np.array([row[key] for row in rows])
+                          for key in ("colorfulness", "true_colorfulness"))
             mean = made.mean() / max(true.mean(), 1e-9)
             values = (made - mean * true) / max(true.mean(), 1e-9)
         else:
@@ -288,7 +301,8 @@ def print_table(summaries: dict, count: int, size: int) -> None:
     print(f"{count} photographs, network at {size} px; mean +- 95 % interval over photographs")
     print(" " * width + "".join(f"{heading:>16}" for heading, _ in SCORES.values()))
     for method, summary in summaries.items():
-        cells = (f"{summary[name][0]:.{d}f} +-{summary[name][1]:.{d}f}" for name, (_, d) in SCORES.items())
+        cells = (f"{summary[name][0]:.{digits}f} +-{summary[name][1]:.{digits}f}"
+                 for name, (_, digits) in SCORES.items())
         print(f"{method:<{width}}" + "".join(f"{cell:>16}" for cell in cells))
 
 
@@ -315,8 +329,10 @@ def evaluate(*, image: Path = Path("data/input/val"), model: str | None = None, 
         check_vividness(network, vividness)
         hashes[str(path)] = checkpoint_hash(path)
         if "mean_ab" in contents and "mean ab for each L" not in methods:
-            methods["mean ab for each L"] = partial(mean_color_baseline, contents["mean_ab"].numpy())
-        methods[str(path)] = partial(colorize, network, size=size, vividness=vividness, saturation=saturation)
+            mean_ab = contents["mean_ab"].numpy()
+            methods["mean ab for each L"] = partial(mean_color_baseline, mean_ab)
+        methods[str(path)] = partial(colorize, network, size=size, vividness=vividness,
+                                     saturation=saturation)
     paths = find_photos(image) if Path(image).is_dir() else [Path(image)]
     if not paths:
         raise ColorizeError(f"{image}: no photograph below it; name a folder of colour photographs")
@@ -330,10 +346,12 @@ def evaluate(*, image: Path = Path("data/input/val"), model: str | None = None, 
         if picture is None:
             return None
         true = np.asarray(picture)
-        return path, {name: score(np.asarray(method(picture)), true) for name, method in methods.items()}
+        return path, {name: score(np.asarray(method(picture)), true)
+                      for name, method in methods.items()}
     results = [r for r in progress(ordered_map(score_all, paths, 2), len(paths), "evaluate") if r]
     if not results:
-        raise ColorizeError(f"{image}: no colour photograph to compare with; these are gray or unreadable")
+        raise ColorizeError(f"{image}: no colour photograph to compare with; these are gray or "
+                            "unreadable")
     if len(results) < len(paths):
         say(f"{len(paths) - len(results)} of {len(paths)} left out: gray, tiny or unreadable")
     summaries = {name: summarize([scores[name] for _, scores in results]) for name in methods}
@@ -348,7 +366,7 @@ def evaluate(*, image: Path = Path("data/input/val"), model: str | None = None, 
 
 
 def scored_copy(path: Path):
-    """The photograph at a short side of at most SIDE, RGB; None where it has no colour or is tiny."""
+    """The photograph at a short side of at most SIDE, RGB; None where it is gray or tiny."""
     picture = working_copy(read_photo(path).image, SIDE).convert("RGB")
     chroma = np.hypot(*np.moveaxis(rgb_to_lab(np.asarray(picture))[..., 1:], -1, 0)).mean()
     return picture if min(picture.size) >= 32 and chroma >= MIN_CHROMA else None
@@ -374,7 +392,8 @@ def write_report(out: Path, settings: dict, hashes: dict, summaries: dict, resul
 
 def draw_evaluation(path: Path, results: list, methods: dict, first: str) -> None:
     """Twelve photographs at fixed quantiles of the error: gray | each model | truth."""
-    shown = [results[round(q * (len(results) - 1))] for q in np.linspace(0, 1, min(12, len(results)))]
+    last = len(results) - 1
+    shown = [results[round(q * last)] for q in np.linspace(0, 1, min(12, len(results)))]
     names = ["gray", *list(methods)[1 + ("mean ab for each L" in methods):], "truth"]
     tiles, captions = [], []
     for source, scores in shown:
@@ -423,14 +442,16 @@ def draw_curves(path: Path, history: list[dict]) -> None:
     picture = Image.new("RGB", (width * 2, height * -(-len(panels) // 2)), "white")
     for i, (title, columns, log) in enumerate(panels):
         draw_panel(ImageDraw.Draw(picture), i % 2 * width, i // 2 * height, width, height, title,
-                   {c: [(row["epoch"], row[c]) for row in history if c in row] for c in columns}, log)
+                   {c: [(row["epoch"], row[c]) for row in history if c in row] for c in columns},
+                   log)
     write_whole(path, lambda name: picture.save(name, "PNG"))
 
 
 def draw_panel(draw, left: int, top: int, width: int, height: int, title: str, curves: dict,
                log: bool) -> None:
     """One chart: frame, ticks, labels, a line a curve, a legend."""
-    curves = {name: [(x, y) for x, y in curve if math.isfinite(y)] for name, curve in curves.items()}
+    curves = {name: [(x, y) for x, y in curve if math.isfinite(y)]
+              for name, curve in curves.items()}
     points = [point for curve in curves.values() for point in curve] or [(1, 1.0)]
     scale = (lambda y: math.log10(max(y, 1e-12))) if log else float
     low, high = min(scale(y) for _, y in points), max(scale(y) for _, y in points)
@@ -445,10 +466,12 @@ def draw_panel(draw, left: int, top: int, width: int, height: int, title: str, c
         value = low + (high - low) * i / 4
         y = y1 - (y1 - y0) * i / 4
         draw.line((x0, y, x1, y), "#d0d0d0" if 0 < i < 4 else "black")
-        draw.text((x0 - 6, y), f"{10 ** value if log else value:.3g}", "black", caption_font(), "rm")
+        label = f"{10 ** value if log else value:.3g}"
+        draw.text((x0 - 6, y), label, "black", caption_font(), "rm")
         epoch = round(1 + (last - 1) * i / 4)
         if last >= 5 or i in (0, 4):
-            draw.text((place(epoch, points[0][1])[0], y1 + 6), str(epoch), "black", caption_font(), "ma")
+            x, _ = place(epoch, points[0][1])
+            draw.text((x, y1 + 6), str(epoch), "black", caption_font(), "ma")
     draw.text(((x0 + x1) / 2, y1 + 20), "epoch", "black", caption_font(), "ma")
     for i, (name, curve) in enumerate(curves.items()):
         color = COLORS[i]

@@ -205,16 +205,16 @@ def lightness(image: Image.Image) -> np.ndarray:
 def working_copy(image: Image.Image, size: int) -> Image.Image:
     """The photograph reduced to a short side of `size`, the long one at most 4 times that.
 
-    Never enlarged. Sides are multiples of 4 where they are long enough, as the bins head likes it.
+    Never enlarged. Long enough sides are multiples of 4, as the bins head likes it.
     """
     scale = min(1.0, size / min(image.size), 4 * size / max(image.size))
     sides = [max(round(side * scale), 1) for side in image.size]
     if scale < 1:
         sides = [max(round(side / 4) * 4, 1) if side >= 32 else side for side in sides]
-    image = image.resize(sides, Image.Resampling.LANCZOS, reducing_gap=3.0)
-    if image.mode == "I;16":  # 8 bit will do for the network; L is taken from the original
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image
+    if image.mode != "I;16":
+        return image.resize(sides, Image.Resampling.LANCZOS, reducing_gap=3.0)
+    image = image.resize(sides, Image.Resampling.LANCZOS)  # 8 bits will do for the network
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 
 @torch.inference_mode()
@@ -471,8 +471,8 @@ def inference(*, image: str = "data/input/val", model: str | None = None,
     say(f"loaded {path} ({contents['model']['encoder']}, {contents['model']['head']}) "
         f"on {next(network.parameters()).device}")
     settings = {"checkpoint": checkpoint_hash(path), "size": size, **controls._asdict()}
-    description = f"Colours added by colorize {VERSION}, " + ", ".join(
-        f"{name} {value}" for name, value in settings.items() if value not in (None, ()))
+    description = ", ".join([f"Colours added by colorize {VERSION}"] + [
+        f"{name} {value}" for name, value in settings.items() if value not in (None, ())])
     write = partial(write_sheet if sheet else write_pages, network, controls, description, compare)
     with tempfile.TemporaryDirectory() as folder:
         plan = plan_outputs(str(image), output, Path(folder), "sheet" if sheet else "color")

@@ -156,6 +156,23 @@ def benchmark_inference(folder: Path) -> None:
            f"{rate:.1f}/{bare:.1f} = {rate / bare:.2f}", "0.5: the mirrored pass doubles it")
 
 
+def benchmark_large(folder: Path) -> None:
+    """Seconds and peak memory (VmHWM) of a whole process on gray scans of 10, 100 and 200 megapixels."""
+    sample, model = Image.open(SAMPLES / "val" / "mountain.jpg").convert("L"), ROOT / "checkpoints" / "pretrained.tar"
+    code = ("import sys; sys.path.insert(0, sys.argv.pop(1)); import main; main.main(sys.argv[1:]); "
+            "print([line for line in open('/proc/self/status') if 'VmHWM' in line][0].split()[1])")
+    for megapixels in (10, 100, 200):
+        height = int((megapixels * 1e6 / 2) ** 0.5)
+        sample.resize((2 * height, height), Image.Resampling.BICUBIC).save(folder / "scan.tif")
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code, str(ROOT), "inference", "--image", folder / "scan.tif",
+                               "--model", model, "--output", folder / "scan_color.tif"],
+                              check=True, capture_output=True, text=True)
+        took = time.perf_counter() - start
+        report(f"a gray scan of {megapixels} megapixels, TIFF to TIFF, whole process",
+               f"{took:.1f} s = {took / megapixels:.2f} s/MP", f"{int(done.stdout.split()[-1]) / 1e6:.2f} GB at most")
+
+
 def benchmark_bf16(folder: Path) -> None:
     plain, fast = bare_rate(256, 16, False, False), bare_rate(256, 16, True, True)
     report("bf16 and channels_last over float32 contiguous, training step",
@@ -223,7 +240,7 @@ def benchmark_edges(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    names = ["loop", "data", "build", "inference", "bf16", "edges"]
+    names = ["loop", "data", "build", "inference", "large", "bf16", "edges"]
     with tempfile.TemporaryDirectory() as temporary:
         for name in sys.argv[1:] or names:
             globals()[f"benchmark_{name}"](Path(temporary))

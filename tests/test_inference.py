@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, made_photo
 from PIL import ExifTags, Image, ImageOps, JpegImagePlugin
-from skimage.color import rgb2lab
+from skimage.color import lab2rgb, rgb2lab
 from skimage.io import imread
 
 import inference
@@ -38,17 +38,18 @@ def models(checkpoints):
 @pytest.fixture
 def run(checkpoints):
     """inference() with the small bins checkpoint, at a small size."""
+    model = str(checkpoints["bins"])
     return lambda image, output, **flags: inference.inference(
-        **{"image": str(image), "output": output, "model": str(checkpoints["bins"]), "size": 32} | flags)
+        **{"image": str(image), "output": output, "model": model, "size": 32} | flags)
 
 
 def gray_photo(seed=0, width=96, height=80) -> Image.Image:
     return made_photo(seed, width, height).convert("L")
 
 
-def gray_16() -> Image.Image:
+def gray_16(width=90, height=60) -> Image.Image:
     """More grays than 8 bits tell apart."""
-    values = np.linspace(500, 64000, 60 * 90).reshape(60, 90)
+    values = np.linspace(500, 64000, width * height).reshape(height, width)
     return Image.fromarray(values.astype(np.uint16))
 
 
@@ -160,9 +161,36 @@ def test_a_reference_gives_its_mean_and_may_be_of_16_bits(models, tmp_path):
     assert mean_ab(out) == pytest.approx([0, 0], abs=1)
 
 
+def test_what_gamut_takes_from_the_mean_is_made_up_for():
+    L = np.linspace(5, 95, 60 * 40, dtype=np.float32).reshape(40, 60)
+    gray = np.zeros((40, 60, 2), np.float32)
+    ab = inference.move_mean(gray, L, None, lambda prediction: prediction, np.array([5.0, 25.0]))
+    rgb = lab2rgb(np.concatenate([L[..., None], inference.into_gamut(L, ab)], axis=-1))
+    assert rgb2lab(rgb)[..., 1:].mean(axis=(0, 1)) == pytest.approx([5, 25], abs=0.5)
+
+
+def test_a_reference_of_wider_colours_spreads_them(models, tmp_path):
+    def spread(image):
+        return np.sqrt(lab(image)[..., 1:].var(axis=(0, 1)).sum())
+    plain = colorize(models["bins"], gray_photo(3), saturation=0.2)
+    made_photo(5).save(tmp_path / "wide.png")
+    assert spread(made_photo(5)) > 3 * spread(plain)
+    wide = colorize(models["bins"], gray_photo(3), saturation=0.2,
+                    reference=tmp_path / "wide.png")
+    assert spread(wide) > 1.5 * spread(plain)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_mirrored_photograph_gets_mirrored_colours(models, head):
+    plain = colorize(models[head], gray_photo(5))
+    mirrored = ImageOps.mirror(colorize(models[head], ImageOps.mirror(gray_photo(5))))
+    assert np.abs(lab(mirrored) - lab(plain)).mean() < 0.1
+
+
 def test_half_the_strength_goes_half_the_way(models):
-    plain, half, whole = (mean_ab(colorize(models["bins"], gray_photo(4), mean_color="8,12", strength=s))
-                          for s in (0.0, 0.5, 1.0))
+    plain, half, whole = (
+        mean_ab(colorize(models["bins"], gray_photo(4), mean_color="8,12", strength=strength))
+        for strength in (0.0, 0.5, 1.0))
     assert half == pytest.approx((plain + whole) / 2, abs=1)
 
 
@@ -269,10 +297,18 @@ def test_a_hint_is_met_and_the_other_side_stays(models, head, factor):
     assert np.abs(change[inside] - change[y, x]).max() < 3 and np.abs(change[outside]).max() < 1
 
 
+def test_a_hint_is_met_in_fine_texture(models):
+    """Pixels that the network's small copy does not show."""
+    texture = np.random.default_rng(0).integers(90, 170, (300, 400), np.uint8)
+    out = lab(colorize(models["ab"], Image.fromarray(texture), 32, hints="200,150,#907080"))
+    wanted = rgb2lab(np.array([[[0x90, 0x70, 0x80]]], np.uint8))[0, 0, 1:]
+    assert out[150, 200, 1:] == pytest.approx(wanted, abs=1)
+
+
 def test_a_hint_of_the_colour_that_is_there_changes_nothing(models):
-    plain = colorize(models["bins"], gray_photo(2))
+    plain = colorize(models["bins"], gray_photo(2), saturation=3.0)
     color = "#%02x%02x%02x" % plain.getpixel((50, 30))
-    hinted = colorize(models["bins"], gray_photo(2), hints=f"50,30,{color}")
+    hinted = colorize(models["bins"], gray_photo(2), saturation=3.0, hints=f"50,30,{color}")
     assert np.abs(lab(hinted) - lab(plain)).mean() < 0.3
 
 
@@ -346,10 +382,18 @@ def test_16_bit_gray_to_tif_gives_16_bit_rgb_with_its_lightness(run, tmp_path, n
     assert Image.open(tmp_path / "out.tif").info["dpi"] == pytest.approx((300, 300), abs=0.1)
 
 
+@pytest.mark.parametrize("width, height", [(1200, 900), (3, 2000)])
+def test_16_bit_gray_that_is_much_reduced_for_the_network(models, width, height):
+    out = colorize(models["bins"], gray_16(width, height), 32)
+    assert out.dtype == np.uint16 and out.shape == (height, width, 3)
+    assert np.abs(lab(out)[..., 0] - lab(gray_16(width, height))[..., 0]).max() < 0.1
+
+
 def test_16_bit_gray_to_png_keeps_its_lightness_to_8_bit(run, tmp_path):
     gray_16().save(tmp_path / "gray.png")
     run(tmp_path / "gray.png", tmp_path / "out.png")
-    assert np.abs(lab(Image.open(tmp_path / "out.png"))[..., 0] - lab(gray_16())[..., 0]).mean() < 0.2
+    out = lab(Image.open(tmp_path / "out.png"))
+    assert np.abs(out[..., 0] - lab(gray_16())[..., 0]).mean() < 0.2
 
 
 @pytest.mark.parametrize("mode", ["LA", "RGBA"])
@@ -450,8 +494,9 @@ def test_pages_and_16_bits_can_be_compared(run, tmp_path, compare):
     save_pages(tmp_path / "a.tif")
     gray_16().save(tmp_path / "b.tif")
     run(tmp_path, tmp_path / "out", compare=compare)
-    a, b = Image.open(tmp_path / "out" / "a_color.tif"), Image.open(tmp_path / "out" / "b_color.png")
-    assert a.n_frames == 3 and a.size == (50 + 50 * compare, 40) and b.size == (90 + 90 * compare, 60)
+    a, b = (Image.open(tmp_path / "out" / name) for name in ("a_color.tif", "b_color.png"))
+    assert a.n_frames == 3 and a.size == (50 * (1 + compare), 40)
+    assert b.size == (90 * (1 + compare), 60)
 
 
 @pytest.mark.parametrize("head, tiles", [("ab", 9), ("bins", 12)])
@@ -486,7 +531,8 @@ def test_a_folder_keeps_its_structure_and_a_second_run_does_what_is_missing(run,
         gray_photo().save(source / name, "PNG")
     save_pages(source / "pages.tif")
     run(source, out)
-    made = ["a.jpg_color.png", "a.png_color.png", "deep/er/Größe 写真_color.png", "pages_color.tif"]
+    made = ["a.jpg_color.png", "a.png_color.png", "deep/er/Größe 写真_color.png",
+            "pages_color.tif"]
     assert files(out) == made and "4 done, 0 already there, 0 failed" in capsys.readouterr().out
     (out / made[0]).unlink()
     stamp = (out / made[1]).stat().st_mtime_ns
@@ -653,7 +699,8 @@ def spoil(good: dict, kind: str, folder: Path) -> dict | Trap:
         weights[name] = "text"
     if kind == "huge network":
         return good | {"model": good["model"] | {"classes": 10 ** 9}}
-    return {"other format": good | {"format": 2}, "list": [1, 2]}.get(kind, good | {"weights": weights})
+    others = {"other format": good | {"format": 2}, "list": [1, 2]}
+    return others.get(kind, good | {"weights": weights})
 
 
 @pytest.mark.parametrize("kind", ["trap", "hidden trap", "wrong shape", "huge shape", "missing",
