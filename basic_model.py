@@ -370,6 +370,8 @@ def load_checkpoint(path: Path, device: str = "cpu") -> tuple[ColorNet, dict]:
         if shapes[0] != shapes[1]:
             raise ColorizeError(f"{path}: not a checkpoint that fits: {name} is {shapes[1]}, "
                                 f"not {shapes[0]}")
+        if not contents["weights"][name].isfinite().all():
+            raise ColorizeError(f"{path}: not a checkpoint that fits: {name} is not finite")
     model.load_state_dict({name: w.float() if w.is_floating_point() else w
                            for name, w in contents["weights"].items()})
     return model.to(device).eval(), contents

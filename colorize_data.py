@@ -131,8 +131,8 @@ def lab_to_linear(L: np.ndarray, ab: np.ndarray) -> np.ndarray:
     """L (...) and ab (..., 2) to linear sRGB (..., 3), outside 0..1 where out of gamut."""
     y = (L + 16) / np.float32(116)
     f = np.stack([y + ab[..., 0] / 500, y, np.maximum(y - ab[..., 1] / 200, 0)], axis=-1)
-    xyz = np.where(f > 0.2068966, f ** 3, (f - np.float32(16 / 116)) / np.float32(7.787)) * WHITE
-    return xyz.astype(np.float32) @ XYZ_TO_RGB.T
+    xyz = np.where(f > 0.2068966, f * f * f, (f - np.float32(16 / 116)) / np.float32(7.787))
+    return xyz.astype(np.float32, copy=False) @ (XYZ_TO_RGB * WHITE).T
 
 
 def lab_to_rgb(lab: np.ndarray) -> np.ndarray:
@@ -141,9 +141,13 @@ def lab_to_rgb(lab: np.ndarray) -> np.ndarray:
 
 
 def in_gamut(L: np.ndarray, ab: np.ndarray) -> np.ndarray:
-    """Whether L (...) and ab (..., 2) is an sRGB colour, to 1e-4 in linear light (white is one)."""
+    """Whether L (...) and ab (..., 2) is an sRGB colour, with a tolerance in linear light.
+
+    It is 1e-4 above, or white itself would be outside, and less below, where 1e-4 is seen.
+    """
     linear = lab_to_linear(L, ab)
-    return ((linear >= -1e-4) & (linear <= 1 + 1e-4)).all(axis=-1)
+    inside = (linear >= -1e-5) & (linear <= 1 + 1e-4)
+    return inside[..., 0] & inside[..., 1] & inside[..., 2]
 
 
 def into_gamut(L: np.ndarray, ab: np.ndarray) -> np.ndarray:

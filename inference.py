@@ -10,6 +10,7 @@ L of the photograph is kept to rounding; the network only adds ab.
 
 import http.client
 import tempfile
+import time
 import urllib.parse
 import urllib.request
 from collections import Counter
@@ -33,6 +34,7 @@ STRIP = 1 << 20           # pixels of a strip: what is in memory at full resolut
 BATCH = 1 << 20           # pixels at working resolution that the network sees at once
 BATCH_PIXELS = 50e6       # of the photographs that wait for it
 MAX_DOWNLOAD = 200 << 20  # bytes
+ENLARGE = 2.0             # at most, of photographs smaller than the working size
 GUIDE_EPSILON = 10.0      # of the guided filter: 1e-3 for L in 0..1
 HINT_SIGMA, HINT_MU = 0.04, 1e-5  # of the hints' spreading: L difference in 0..1; pull to zero
 
@@ -202,14 +204,14 @@ def lightness(image: Image.Image) -> np.ndarray:
     return gray_to_L(pixels) if pixels.ndim == 2 else rgb_to_lab(pixels)[..., 0]
 
 
-def working_copy(image: Image.Image, size: int) -> Image.Image:
-    """The photograph reduced to a short side of `size`, the long one at most 4 times that.
+def working_copy(image: Image.Image, size: int, enlarge: float = 1.0) -> Image.Image:
+    """The photograph at a short side of `size`, the long one at most 4 times that.
 
-    Never enlarged. Long enough sides are multiples of 4, as the bins head likes it.
+    Enlarged at most `enlarge` times. Long enough sides are multiples of 4, as the bins head likes.
     """
-    scale = min(1.0, size / min(image.size), 4 * size / max(image.size))
+    scale = min(enlarge, size / min(image.size), 4 * size / max(image.size))
     sides = [max(round(side * scale), 1) for side in image.size]
-    if scale < 1:
+    if scale != 1:
         sides = [max(round(side / 4) * 4, 1) if side >= 32 else side for side in sides]
     if image.mode != "I;16":
         return image.resize(sides, Image.Resampling.LANCZOS, reducing_gap=3.0)
@@ -368,7 +370,7 @@ def colorize(model: ColorNet, image: Image.Image | np.ndarray, size: int = 256,
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     controls = read_controls(mood, mean_color, reference, strength, saturation, vividness, hints)
     check_vividness(model, vividness)
-    small = lightness(working_copy(image, size))
+    small = lightness(working_copy(image, size, ENLARGE))
     prediction = predict(model, small[None], controls.vividness)[0]
     return add_color(model, image, small, prediction, controls, image.mode == "I;16")[0]
 
@@ -433,6 +435,7 @@ class Job(NamedTuple):
     target: Path
     photo: Photo
     small: np.ndarray  # L at working resolution
+    start: float       # time
 
 
 def inference(*, image: str = "data/input/val", model: str | None = None,
@@ -492,7 +495,7 @@ def inference(*, image: str = "data/input/val", model: str | None = None,
 
 def read_pages(size: int, limit: float, pair: tuple[Path, Path]) -> list[Job]:
     """The pages of a photograph (one, but for TIFFs), ready for the network; limit: megapixels."""
-    source, target = pair
+    (source, target), start = pair, time.monotonic()
     first = read_photo(source, max_megapixels=limit)
     if first.pages > 1:
         if first.pages * first.image.width * first.image.height > limit * 1e6:
@@ -505,7 +508,8 @@ def read_pages(size: int, limit: float, pair: tuple[Path, Path]) -> list[Job]:
     if target.exists() and target.samefile(source):
         raise ColorizeError(f"{target}: is the photograph itself; name another --output")
     pages = [first] + [read_photo(source, n, max_megapixels=limit) for n in range(1, first.pages)]
-    return [Job(source, target, page, lightness(working_copy(page.image, size))) for page in pages]
+    return [Job(source, target, page, lightness(working_copy(page.image, size, ENLARGE)), start)
+            for page in pages]
 
 
 def batches(jobs):
@@ -591,5 +595,6 @@ def write_pages(model: ColorNet, controls: Controls, description: str, compare: 
             picture.putalpha(job.photo.alpha)
         pictures.append(picture)
     write_photo(first.target, pictures, first.photo, description)
-    line = f"{first.source} -> {first.target} ({image.width}x{image.height})"
+    seconds = time.monotonic() - first.start
+    line = f"{first.source} -> {first.target} ({image.width}x{image.height}, {seconds:.1f} s)"
     return "; ".join([line] + [remark for remark in dict.fromkeys(remarks) if remark])

@@ -492,6 +492,8 @@ def check_settings(s: dict) -> None:
     for name in ("epochs", "batch_size", "clip", "lr", "limit"):
         if s[name] is not None and s[name] <= 0:
             raise FlagError(f"--{name} {s[name]}: must be more than 0")
+    if s["seed"] < 0:
+        raise FlagError(f"--seed {s['seed']}: must be 0 or more")
     if not 64 <= s["size"] <= 256:
         raise FlagError(f"--size {s['size']}: must be 64..256, the side of the stored photographs")
     if not 0 <= s["rebalance"] <= 1:

@@ -137,6 +137,14 @@ def test_what_is_wrong_with_a_checkpoint_is_said_in_a_line(change, said, checkpo
     assert "bad.tar" in str(error.value) and "\n" not in str(error.value)
 
 
+def test_weights_that_are_not_finite_are_refused(checkpoints, tmp_path):
+    contents = read_tensors(checkpoints["ab"])
+    contents["weights"]["head.bias"][0] = float("nan")
+    torch.save(contents, tmp_path / "bad.tar")
+    with pytest.raises(ColorizeError, match="head.bias is not finite"):
+        load_checkpoint(tmp_path / "bad.tar")
+
+
 def test_initializing_takes_what_matches(checkpoints, tmp_path, monkeypatch):
     source, _ = load_checkpoint(checkpoints["bins"])
     model = ColorNet(stages=2, head="ab")  # another head, one block more

@@ -306,9 +306,9 @@ def test_a_hint_is_met_in_fine_texture(models):
 
 
 def test_a_hint_of_the_colour_that_is_there_changes_nothing(models):
-    plain = colorize(models["bins"], gray_photo(2), saturation=3.0)
+    plain = colorize(models["bins"], gray_photo(2), 80, saturation=3.0)
     color = "#%02x%02x%02x" % plain.getpixel((50, 30))
-    hinted = colorize(models["bins"], gray_photo(2), saturation=3.0, hints=f"50,30,{color}")
+    hinted = colorize(models["bins"], gray_photo(2), 80, saturation=3.0, hints=f"50,30,{color}")
     assert np.abs(lab(hinted) - lab(plain)).mean() < 0.3
 
 
