@@ -460,7 +460,7 @@ def inference(*, image: str = "data/input/val", model: str | None = None,
     reference: photograph whose mean colour and colour spread are wanted
     strength: of mood, mean_color or reference, 0..1
     saturation: factor on the colours; 1 leaves them
-    vividness: above 1 decides for likelier, stronger colours (bins checkpoints); 1 leaves them
+    vividness: above 1 decides for the likeliest colours (bins checkpoints); 1 leaves them
     hints: exact colours at pixels: x,y,#rrggbb; x,y,#rrggbb
     sheet: one picture of every mood and three vividness values, with their flags
     compare: write gray and colour side by side

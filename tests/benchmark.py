@@ -239,8 +239,27 @@ def benchmark_edges(folder: Path) -> None:
         print(f"{name:<26}" + "".join(f"{np.mean(errors[name, column]):>15.2f}" for column in columns))
 
 
+def benchmark_mirror(folder: Path) -> None:
+    """What averaging with the mirrored photograph's prediction gains, and what it costs."""
+    model, errors = load_checkpoint(ROOT / "checkpoints" / "pretrained.tar")[0], {False: [], True: []}
+    for path in find_photos(SAMPLES / "val"):
+        lab = rgb2lab(np.asarray(Image.open(path).convert("RGB").reduce(2))).astype(np.float32)
+        small = np.ascontiguousarray(lab[..., 0])
+        with torch.inference_mode():
+            alone = model.predict(torch.from_numpy(small)[None, None])[0].permute(1, 2, 0).numpy()
+        both = choose_colors(model, predict(model, small[None])[0], small, Controls())[0]
+        for mirrored, ab in ((False, alone), (True, both)):
+            made = np.concatenate([lab[..., :1], ab], axis=-1)
+            errors[mirrored].append(deltaE_ciede2000(lab, made).mean())
+    L = torch.rand(1, 1, 256, 384) * 100
+    with torch.inference_mode():
+        cost = seconds(lambda: model(L.expand(2, -1, -1, -1)), 7) / seconds(lambda: model(L), 7)
+    report("CIEDE2000 alone and averaged with the mirrored photograph's",
+           f"{np.mean(errors[False]):.2f}, {np.mean(errors[True]):.2f}", f"at {cost:.1f} times the network's time")
+
+
 if __name__ == "__main__":
-    names = ["loop", "data", "build", "inference", "large", "bf16", "edges"]
+    names = ["loop", "data", "build", "inference", "large", "bf16", "edges", "mirror"]
     with tempfile.TemporaryDirectory() as temporary:
         for name in sys.argv[1:] or names:
             globals()[f"benchmark_{name}"](Path(temporary))
