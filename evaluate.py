@@ -456,7 +456,8 @@ def draw_panel(draw, left: int, top: int, width: int, height: int, title: str, c
     scale = (lambda y: math.log10(max(y, 1e-12))) if log else float
     low, high = min(scale(y) for _, y in points), max(scale(y) for _, y in points)
     margin = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
-    low, high, last = low - margin, high + margin, max(x for x, _ in points)
+    floor = 0.0 if low >= 0 and not log else -math.inf  # rates and ratios are never negative
+    low, high, last = max(low - margin, floor), high + margin, max(x for x, _ in points)
     x0, y0, x1, y1 = left + 70, top + 30, left + width - 20, top + height - 40
     place = lambda x, y: (x0 + (x1 - x0) * (x - 1) / max(last - 1, 1),
                           y1 - (y1 - y0) * (scale(y) - low) / (high - low))
@@ -466,7 +467,7 @@ def draw_panel(draw, left: int, top: int, width: int, height: int, title: str, c
         value = low + (high - low) * i / 4
         y = y1 - (y1 - y0) * i / 4
         draw.line((x0, y, x1, y), "#d0d0d0" if 0 < i < 4 else "black")
-        label = f"{10 ** value if log else value:.3g}"
+        label = f"{10 ** value if log else value:.4g}"
         draw.text((x0 - 6, y), label, "black", caption_font(), "rm")
         epoch = round(1 + (last - 1) * i / 4)
         if last >= 5 or i in (0, 4):

@@ -36,7 +36,7 @@ BATCH_PIXELS = 50e6       # of the photographs that wait for it
 MAX_DOWNLOAD = 200 << 20  # bytes
 ENLARGE = 2.0             # at most, of photographs smaller than the working size
 GUIDE_EPSILON = 10.0      # of the guided filter: 1e-3 for L in 0..1
-HINT_SIGMA, HINT_MU = 0.04, 1e-5  # of the hints' spreading: L difference in 0..1; pull to zero
+HINT_SIGMA, HINT_MU = 0.02, 1e-4  # of the hints' spreading: L difference in 0..1; pull to zero
 
 
 class Controls(NamedTuple):
@@ -51,13 +51,13 @@ class Controls(NamedTuple):
 
 
 MOODS = {
-    "warm": Controls(1.05, shift=(4, 10)),
-    "cool": Controls(0.95, shift=(-3, -10)),
-    "golden": Controls(1.15, shift=(6, 18)),
-    "moonlight": Controls(0.55, shift=(0, -16)),
-    "vintage": Controls(0.7, shift=(5, 9)),
+    "warm": Controls(1.05, shift=(3, 8)),
+    "cool": Controls(0.95, shift=(-3, -8)),
+    "golden": Controls(1.15, shift=(5, 14)),
+    "moonlight": Controls(0.6, shift=(0, -13)),
+    "vintage": Controls(0.7, shift=(4, 7)),
     "muted": Controls(0.6),
-    "vivid": Controls(1.3, vividness=1.5),
+    "vivid": Controls(1.5),
     "sepia": Controls(0.15, shift=(5, 16)),
 }
 
@@ -259,7 +259,8 @@ def choose_colors(model: ColorNet, prediction: np.ndarray, L: np.ndarray,
     mean = present.mean(axis=(0, 1))
     goal = mean + np.array(controls.shift) if controls.shift else np.array(controls.target)
     wanted = mean + controls.strength * (goal - mean)
-    ab = move_mean(prediction, L, None if colors is None else colors * factor,
+    tilting = colors is not None and factor >= 0.3  # under that little is left to tilt: a tint
+    ab = move_mean(prediction, L, colors * factor if tilting else None,
                    lambda values: decode(values, factor), wanted)
     return ab, wanted
 
