@@ -382,28 +382,34 @@ def checkpoint_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
+def starting_checkpoint(init: str, encoder: str) -> tuple[Path, dict]:
+    """The file that --init means and its contents, {} for none; auto: the shipped checkpoint, if its
+    encoder is the one asked for."""
+    path = PRETRAINED if init == "auto" else Path(init)
+    if init in ("imagenet", "none") or init == "auto" and not path.is_file():
+        return path, {}
+    contents = read_tensors(path)
+    fits = init != "auto" or contents.get("model", {}).get("encoder") == encoder
+    return path, contents if fits else {}
+
+
 def initialize(model: ColorNet, init: str) -> tuple[str, set[str]]:
     """Fill a fresh ColorNet's weights as --init says; what it starts from, and the names it filled.
 
     auto: the shipped checkpoint if its encoder is the one asked for, else imagenet, else none.
     """
     encoder = model.arguments["encoder"]
-    if init == "none":
-        return "random weights", set()
-    if init == "auto" and PRETRAINED.is_file():
-        contents = read_tensors(PRETRAINED)
-        if contents.get("model", {}).get("encoder") == encoder:
-            return take_weights(model, contents["weights"], PRETRAINED)
-    if init in ("auto", "imagenet"):
+    path, contents = starting_checkpoint(init, encoder)
+    if contents:
+        return take_weights(model, contents.get("weights") or encoder_names(contents), path)
+    if init != "none":
         try:
             weights = torchvision.models.get_model(encoder, weights="DEFAULT").state_dict()
+            return take_weights(model, encoder_names(weights), Path(f"ImageNet's {encoder}"))
         except OSError as error:  # URLError is one
             say(f"the ImageNet weights of {encoder} cannot be fetched ({error}); "
                 "starting from random weights; --init PATH takes a file")
-            return "random weights", set()
-        return take_weights(model, encoder_names(weights), Path(f"ImageNet's {encoder}"))
-    contents = read_tensors(Path(init))
-    return take_weights(model, contents.get("weights") or encoder_names(contents), Path(init))
+    return "random weights", set()
 
 
 def encoder_names(weights: dict) -> dict:

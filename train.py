@@ -24,7 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from basic_model import (AB_SCALE, ColorNet, Discriminator, choose_device, color_bins, initialize,
-                         rarity_weights, read_tensors, save_checkpoint, soft_encode, use_bf16)
+                         rarity_weights, read_tensors, save_checkpoint, soft_encode,
+                         starting_checkpoint, use_bf16)
 from colorize_data import (ColorizeData, ColorizeError, FlagError, as_is, class_names, decode_lab,
                            lab_to_rgb, picture_sheet, prepare, progress, say, to_8_bit, write_whole)
 from evaluate import draw_curves, picture_scores, write_history
@@ -141,24 +142,30 @@ class Training:
         if not s["final"] and not len(self.val_data):
             raise ColorizeError(f"no usable photograph to validate with in {s['data']}/val (or set aside "
                                 "from train); add some, or train without validation: --final")
-        bins = color_bins()
-        prior, self.mean_ab = color_statistics(self.train_data, bins)
+        # a checkpoint of ours brings its head and colours: a regression then fits the bins' mean
+        before = resumed or starting_checkpoint(s["init"], s["encoder"])[1]
+        head = "bins" if s["loss"] == "bins" else before.get("model", {}).get("head", "ab")
+        colors = before.get("colors", {"bins": color_bins(), "temperature": 1.0, "saturation": 1.0})
+        for name in ("temperature", "saturation"):
+            s[name] = colors[name] if s[name] is None else s[name]
+        prior, self.mean_ab = color_statistics(self.train_data, colors["bins"])
+        colors |= {"prior": prior, "temperature": s["temperature"], "saturation": s["saturation"]}
         torch.manual_seed(s["seed"])
-        self.model = ColorNet(
-            s["encoder"], s["decoder"], "bins" if s["loss"] == "bins" else "ab", s["stages"],
-            len(self.classes) if s["class_weight"] else 0,
-            {"bins": bins, "prior": prior, "temperature": s["temperature"],
-             "saturation": s["saturation"]})
+        self.model = ColorNet(s["encoder"], s["decoder"], head, s["stages"],
+                              len(self.classes) if s["class_weight"] else 0, colors)
         if resumed:
             self.start, self.trained = resumed["training"]["start"], set(resumed["training"]["trained"])
         else:
             self.start, self.trained = initialize(self.model, s["init"])
+        if s["lr"] is None:  # gentle where all was trained before
+            fresh = {name for name, _ in self.model.named_parameters()} - self.trained
+            s["lr"] = 1e-3 if fresh else 2e-4
         if s["freeze_bn"] == "auto":
             s["freeze_bn"] = "encoder" if any(name.startswith("encoder.") for name in self.trained) else "none"
         if s["freeze_encoder"]:
             self.model.encoder.requires_grad_(False)
         self.model.to(device, memory_format=torch.channels_last)
-        self.bins_loss = BinsLoss(bins, prior, s["rebalance"]).to(device) if s["loss"] == "bins" else None
+        self.bins_loss = BinsLoss(colors["bins"], prior, s["rebalance"]).to(device) if s["loss"] == "bins" else None
         self.average = AveragedModel(self.model, multi_avg_fn=partial(ema_update, s["ema"]))
         self.parallel = self.distribute(self.model)
         self.optimizer = torch.optim.AdamW(self.parameter_groups(), lr=s["lr"],
@@ -235,6 +242,8 @@ class Training:
             group["lr"] = rate * s["lr"] * group["scale"]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             output, scenes = self.parallel(L, with_scenes=True)
+        if s["loss"] != "bins":
+            output = self.model.decode(output, ab.shape[-2:])
         loss = self.objective(output, ab)
         measured = {"loss": loss.detach() * self.loss_unit()}
         if self.discriminator is not None:
@@ -310,7 +319,7 @@ class Training:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
                 output, scenes = model(lab[:, :1], with_scenes=True)
                 ab = model.decode(output, lab.shape[-2:])
-            loss = self.objective(output, lab[:, 1:]) * self.loss_unit()
+            loss = self.objective(output if self.bins_loss else ab, lab[:, 1:]) * self.loss_unit()
             mse = F.mse_loss(ab, lab[:, 1:])
             labels = labels.to(self.device)
             right = 0 if scenes is None else ((scenes.argmax(1) == labels) & (labels >= 0)).sum()
@@ -466,8 +475,8 @@ def read_resumable(path: Path, settings: dict, fingerprint: str) -> dict:
                             "name a last.tar, or start from its weights with --init")
     old = training["settings"]
     for name, value in printable(settings).items():
-        if name == "freeze_bn" and value == "auto":
-            settings[name] = old[name]
+        if value is None or value == "auto" and name == "freeze_bn":  # left open
+            settings[name] = old.get(name)
         elif name not in FREE_ON_RESUME and name in old and old[name] != value:
             raise ColorizeError(f"--resume {path}: it was trained with --{name} {old[name]}, "
                                 f"not {value}; give the same, or start anew with --init {path}")
@@ -498,11 +507,11 @@ def check_settings(s: dict) -> None:
         raise FlagError(f"--size {s['size']}: must be 64..256, the side of the stored photographs")
     if not 0 <= s["rebalance"] <= 1:
         raise FlagError(f"--rebalance {s['rebalance']}: must be 0..1 (1 is no rebalancing)")
-    if not 0 < s["temperature"] <= 10:
+    if s["temperature"] is not None and not 0 < s["temperature"] <= 10:
         raise FlagError(f"--temperature {s['temperature']}: must be over 0 and at most 10")
-    if not 0 <= s["saturation"] <= 4:
+    if s["saturation"] is not None and not 0 <= s["saturation"] <= 4:
         raise FlagError(f"--saturation {s['saturation']}: must be 0..4")
-    if s["loss"] != "bins" and (s["rebalance"], s["temperature"], s["saturation"]) != (1, 1, 1):
+    if s["loss"] != "bins" and (s["rebalance"], s["temperature"], s["saturation"]) != (1, None, None):
         raise FlagError(f"--rebalance, --temperature and --saturation go with --loss bins, not {s['loss']}")
     if s["loss"] == "bins" and s["chroma_weight"]:
         raise FlagError("--chroma_weight goes with the regressions; with bins use --rebalance")
@@ -511,7 +520,7 @@ def check_settings(s: dict) -> None:
 
 
 def train(*, data: Path = Path("data/input"), out: Path = Path("checkpoints"), epochs: int = 20,
-          batch_size: int = 16, lr: float = 1e-3, size: int = 256,
+          batch_size: int = 16, lr: float | None = None, size: int = 256,
           loss: Literal["mse", "l1", "huber", "bins", "gan"] = "mse", encoder: str = "resnet18",
           decoder: Literal["unet", "plain", "dense"] = "unet", stages: Literal[2, 3, 4] = 4,
           init: str = "auto", resume: str | None = None, limit: int | None = None,
@@ -519,7 +528,8 @@ def train(*, data: Path = Path("data/input"), out: Path = Path("checkpoints"), e
           freeze_bn: Literal["auto", "none", "encoder", "all"] = "auto",
           encoder_lr: float = 0.1, decoder_lr: float = 0.2, weight_decay: float = 0.01,
           ema: float = 0.999, clip: float = 1.0, crop: bool = True, film: bool = False, rebalance: float = 1.0,
-          temperature: float = 1.0, saturation: float = 1.0, chroma_weight: float = 0.0, class_weight: float = 0.0,
+          temperature: float | None = None,
+          saturation: float | None = None, chroma_weight: float = 0.0, class_weight: float = 0.0,
           l1_weight: float = 100.0, lr_discriminator: float = 1e-4, seed: int = 0,
           device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
           amp: Literal["auto", "bf16", "off"] = "auto", workers: int | None = None,
@@ -530,7 +540,7 @@ def train(*, data: Path = Path("data/input"), out: Path = Path("checkpoints"), e
     out: folder for best_model.tar, last.tar, history.csv, curves.png, preview.png
     epochs: times that each photograph is seen
     batch_size: photographs a step, on each device
-    lr: peak learning rate of fresh weights
+    lr: peak learning rate of fresh weights; 1e-3, or 2e-4 where there are none
     size: side in pixels of the square crops that the network sees, 64..256
     loss: objective; bins: classes of colour, gan: adversarial with l1
     encoder: a network of torchvision: resnet18..152, vgg11..19(_bn), mobilenet_v2
@@ -550,8 +560,8 @@ def train(*, data: Path = Path("data/input"), out: Path = Path("checkpoints"), e
     crop: train on random resized crops rather than whole squares
     film: make the input as films of other colour sensitivity saw it, with grain
     rebalance: bins: 1 none, towards 0 rare colours count more
-    temperature: bins: of the mean that makes the colour, saved with the model; lower decides more
-    saturation: bins: factor on that mean, saved with the model
+    temperature: bins: of the mean that makes the colour, kept in the checkpoint; as init's, or 1
+    saturation: bins: factor on that mean, likewise
     chroma_weight: k: a pixel counts 1 + k chroma/110 times (mse, l1, huber, gan)
     class_weight: weight of telling the scene's class (class folders) besides; 0.0033 is usual
     l1_weight: gan: weight of l1 beside the adversarial loss

@@ -193,10 +193,19 @@ def test_what_is_frozen_stays(flags, frozen, still, photos, tmp_path):
 
 
 def test_fresh_weights_learn_fast_and_trained_ones_slowly(photos, tmp_path, checkpoints):
-    training = made_training(photos, tmp_path, init=str(checkpoints["bins"]), encoder_lr=0.1, decoder_lr=0.2)
+    training = made_training(photos, tmp_path, init=str(checkpoints["ab"]), loss="bins", encoder_lr=0.1,
+                             decoder_lr=0.2)
     scales = {id(p): g["scale"] for g in training.optimizer.param_groups for p in g["params"]}
     found = {name: scales[id(p)] for name, p in training.model.named_parameters()}
     assert (found["encoder.conv1.weight"], found["blocks.0.0.weight"], found["head.weight"]) == (0.1, 0.2, 1.0)
+
+
+def test_a_regression_from_a_bins_checkpoint_fits_its_mean_and_keeps_its_colours(photos, tmp_path, checkpoints):
+    contents = run(photos, tmp_path, init=str(checkpoints["bins"]), epochs=1)
+    assert contents["model"]["head"] == "bins" and contents["training"]["settings"]["lr"] == 2e-4
+    before = read_tensors(checkpoints["bins"])
+    assert contents["colors"]["temperature"] == before["colors"]["temperature"]
+    assert not torch.equal(contents["weights"]["head.weight"], before["weights"]["head.weight"])
 
 
 # -------------------------------------------------------------------------------------- trust
