@@ -142,7 +142,7 @@ class Training:
         if not s["final"] and not len(self.val_data):
             raise ColorizeError(f"no usable photograph to validate with in {s['data']}/val (or set aside "
                                 "from train); add some, or train without validation: --final")
-        # a checkpoint of ours brings its head and colours: a regression then fits the bins' mean
+        # a checkpoint of ours brings its head and colours: regressions then fit the bins' mean
         before = resumed or starting_checkpoint(s["init"], s["encoder"])[1]
         head = "bins" if s["loss"] == "bins" else before.get("model", {}).get("head", "ab")
         colors = before.get("colors", {"bins": color_bins(), "temperature": 1.0, "saturation": 1.0})
