@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-from colorize_data import VERSION, ColorizeError, in_gamut, say, write_whole
+from colorize_data import VERSION, ColorizeData, ColorizeError, in_gamut, say, write_whole
 
 AB_SCALE = 110.0     # the ab head's raw output, and the losses, are ab/110
 MIN_INPUT = 32       # smaller inputs are padded
@@ -52,6 +52,31 @@ def rarity_weights(prior: torch.Tensor, rebalance: float) -> torch.Tensor:
     """Class weights 1/((1-r)*prior + r/Q), mean 1 under the prior (Zhang et al. 2016, eq. 4)."""
     weights = 1 / ((1 - rebalance) * prior + rebalance / len(prior))
     return weights / (prior * weights).sum()
+
+
+def color_statistics(photographs: ColorizeData,
+                     bins: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The bins' prior (Q,), smoothed by the soft encoding, and the mean ab of each whole L (101, 2).
+
+    Counted over every 16th pixel of the photographs.
+    """
+    histogram, total, count = np.zeros(65536), np.zeros((101, 2)), np.zeros(101)
+    for row in photographs.chosen:
+        L, a, b = photographs.stored(row)[::4, ::4].reshape(-1, 3).T.astype(np.int64)
+        L = (L * 100 + 127) // 255
+        histogram += np.bincount(a * 256 + b, minlength=65536)
+        count += np.bincount(L, minlength=101)
+        total += np.stack([np.bincount(L, c - 128.0, minlength=101) for c in (a, b)], axis=1)
+    nearest, weights = soft_encode(all_stored_ab(), bins)
+    prior = torch.zeros(len(bins), dtype=torch.float64)
+    prior.index_add_(0, nearest.flatten(), (weights * torch.from_numpy(histogram)[:, None]).flatten().double())
+    mean_ab = total / np.maximum(count, 1)[:, None]
+    return (prior / prior.sum()).float(), torch.from_numpy(mean_ab).float()
+
+
+def all_stored_ab() -> torch.Tensor:
+    """Every ab (65536, 2) that the arrays can hold; stored (a, b) is number 256*a + b."""
+    return torch.cartesian_prod(torch.arange(256.0), torch.arange(256.0)) - 128
 
 
 def annealed_mean(logits: torch.Tensor, bins: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -260,9 +260,8 @@ def choose_colors(model: ColorNet, prediction: np.ndarray, L: np.ndarray,
     goal = mean + np.array(controls.shift) if controls.shift else np.array(controls.target)
     wanted = mean + controls.strength * (goal - mean)
     tilting = colors is not None and factor >= 0.3  # under that little is left to tilt: a tint
-    ab = move_mean(prediction, L, colors * factor if tilting else None,
-                   lambda values: decode(values, factor), wanted)
-    return ab, wanted
+    return move_mean(prediction, L, colors * factor if tilting else None,
+                     lambda values: decode(values, factor), wanted), wanted
 
 
 def guide_slope(L: np.ndarray, ab: np.ndarray) -> np.ndarray:

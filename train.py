@@ -23,9 +23,9 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from basic_model import (AB_SCALE, ColorNet, Discriminator, choose_device, color_bins, initialize,
-                         rarity_weights, read_tensors, save_checkpoint, soft_encode,
-                         starting_checkpoint, use_bf16)
+from basic_model import (AB_SCALE, ColorNet, Discriminator, all_stored_ab, choose_device, color_bins,
+                         color_statistics, initialize, rarity_weights, read_tensors, save_checkpoint,
+                         soft_encode, starting_checkpoint, use_bf16)
 from colorize_data import (ColorizeData, ColorizeError, FlagError, as_is, class_names, decode_lab,
                            lab_to_rgb, picture_sheet, prepare, progress, say, to_8_bit, write_whole)
 from evaluate import draw_curves, picture_scores, write_history
@@ -80,30 +80,6 @@ def scene_loss(scenes: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of the classes, photographs without one (-1) left out (Iizuka et al. 2016)."""
     total = F.cross_entropy(scenes.float(), labels, ignore_index=-1, reduction="sum")
     return total / (labels >= 0).sum().clamp(min=1)
-
-
-def color_statistics(photographs: ColorizeData, bins: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The bins' prior (Q,), smoothed by the soft encoding, and the mean ab of each whole L (101, 2).
-
-    Counted over every 16th pixel of the photographs.
-    """
-    histogram, total, count = np.zeros(65536), np.zeros((101, 2)), np.zeros(101)
-    for row in photographs.chosen:
-        L, a, b = photographs.stored(row)[::4, ::4].reshape(-1, 3).T.astype(np.int64)
-        L = (L * 100 + 127) // 255
-        histogram += np.bincount(a * 256 + b, minlength=65536)
-        count += np.bincount(L, minlength=101)
-        total += np.stack([np.bincount(L, c - 128.0, minlength=101) for c in (a, b)], axis=1)
-    nearest, weights = soft_encode(all_stored_ab(), bins)
-    prior = torch.zeros(len(bins), dtype=torch.float64)
-    prior.index_add_(0, nearest.flatten(), (weights * torch.from_numpy(histogram)[:, None]).flatten().double())
-    mean_ab = total / np.maximum(count, 1)[:, None]
-    return (prior / prior.sum()).float(), torch.from_numpy(mean_ab).float()
-
-
-def all_stored_ab() -> torch.Tensor:
-    """Every ab (65536, 2) that the arrays can hold; stored (a, b) is number 256*a + b."""
-    return torch.cartesian_prod(torch.arange(256.0), torch.arange(256.0)) - 128
 
 
 # --------------------------------------------------------------------------------- schedules
