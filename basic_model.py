@@ -69,7 +69,8 @@ def color_statistics(photographs: ColorizeData,
         total += np.stack([np.bincount(L, c - 128.0, minlength=101) for c in (a, b)], axis=1)
     nearest, weights = soft_encode(all_stored_ab(), bins)
     prior = torch.zeros(len(bins), dtype=torch.float64)
-    prior.index_add_(0, nearest.flatten(), (weights * torch.from_numpy(histogram)[:, None]).flatten().double())
+    counted = weights * torch.from_numpy(histogram)[:, None]
+    prior.index_add_(0, nearest.flatten(), counted.flatten().double())
     mean_ab = total / np.maximum(count, 1)[:, None]
     return (prior / prior.sum()).float(), torch.from_numpy(mean_ab).float()
 
@@ -194,12 +195,13 @@ class ColorNet(nn.Module):
             even = torch.full((len(colors["bins"]),), 1 / len(colors["bins"]))
             self.register_buffer("bins", colors["bins"], persistent=False)
             self.register_buffer("prior", colors.get("prior", even), persistent=False)
-            self.temperature, self.saturation = colors.get("temperature", 1.0), colors.get("saturation", 1.0)
+            self.temperature = colors.get("temperature", 1.0)
+            self.saturation = colors.get("saturation", 1.0)
 
         *skips, (_, channels, stride) = levels
         width = WIDTHS[stride]
         self.bottleneck = conv_block(channels, width)
-        self.context = nn.Linear(width, width)  # the whole picture's mean: even areas get one colour
+        self.context = nn.Linear(width, width)  # of the picture's mean: even areas get one colour
         self.blocks, seen = nn.ModuleList(), [width]
         for _, channels, stride in reversed(skips):
             if head == "bins" and stride < 4:
@@ -213,8 +215,8 @@ class ColorNet(nn.Module):
         with torch.no_grad():  # an ab head starts gray, a bins head at the prior
             self.head.bias.copy_(self.prior.clamp(min=1e-6).log() if head == "bins" else torch.zeros(2))
         self.scenes = nn.Linear(levels[-1][1], classes) if classes else None
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
+        for name, values in (("mean", [0.485, 0.456, 0.406]), ("std", [0.229, 0.224, 0.225])):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, L: torch.Tensor, with_scenes: bool = False):
         """L (N, 1, H, W) to ab (N, 2, H, W) or logits (N, Q, ceil(H/4), ceil(W/4)).

@@ -137,11 +137,14 @@ class Training:
             fresh = {name for name, _ in self.model.named_parameters()} - self.trained
             s["lr"] = 1e-3 if fresh else 2e-4
         if s["freeze_bn"] == "auto":
-            s["freeze_bn"] = "encoder" if any(name.startswith("encoder.") for name in self.trained) else "none"
+            known = any(name.startswith("encoder.") for name in self.trained)
+            s["freeze_bn"] = "encoder" if known else "none"
         if s["freeze_encoder"]:
             self.model.encoder.requires_grad_(False)
         self.model.to(device, memory_format=torch.channels_last)
-        self.bins_loss = BinsLoss(colors["bins"], prior, s["rebalance"]).to(device) if s["loss"] == "bins" else None
+        self.bins_loss = None
+        if s["loss"] == "bins":
+            self.bins_loss = BinsLoss(colors["bins"], prior, s["rebalance"]).to(device)
         self.average = AveragedModel(self.model, multi_avg_fn=partial(ema_update, s["ema"]))
         self.parallel = self.distribute(self.model)
         self.optimizer = torch.optim.AdamW(self.parameter_groups(), lr=s["lr"],
@@ -330,7 +333,8 @@ class Training:
     def described(self) -> dict:
         """What a reader of a checkpoint needs to make it again."""
         return {"settings": printable(self.settings),
-                "start": self.start, "trained": sorted(self.trained), "epoch": self.step // self.steps_per_epoch, "step": self.step,
+                "start": self.start, "trained": sorted(self.trained),
+                "epoch": self.step // self.steps_per_epoch, "step": self.step,
                 "photographs": len(self.train_data), "amp": "bf16" if self.amp else "off",
                 "fingerprint": self.manifests["train"]["fingerprint"],
                 "scores": self.history[-1] if self.history else {},
@@ -397,7 +401,8 @@ class Training:
                 self.save("last.tar")
                 say(f"stopped at step {self.step}; go on with --resume auto")
                 raise SystemExit(128 + stop[0])
-            if time.monotonic() - saved >= self.settings["save_minutes"] * 60 and self.step % self.steps_per_epoch:
+            due = time.monotonic() - saved >= self.settings["save_minutes"] * 60
+            if due and self.step % self.steps_per_epoch:
                 self.save("last.tar")
                 saved = time.monotonic()
             asked = time.monotonic()
@@ -503,8 +508,8 @@ def train(*, data: Path = Path("data/input"), out: Path = Path("checkpoints"), e
           final: bool = False, freeze_encoder: bool = False,
           freeze_bn: Literal["auto", "none", "encoder", "all"] = "auto",
           encoder_lr: float = 0.1, decoder_lr: float = 0.2, weight_decay: float = 0.01,
-          ema: float = 0.999, clip: float = 1.0, crop: bool = True, film: bool = False, rebalance: float = 1.0,
-          temperature: float | None = None,
+          ema: float = 0.999, clip: float = 1.0, crop: bool = True, film: bool = False,
+          rebalance: float = 1.0, temperature: float | None = None,
           saturation: float | None = None, chroma_weight: float = 0.0, class_weight: float = 0.0,
           l1_weight: float = 100.0, lr_discriminator: float = 1e-4, seed: int = 0,
           device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
