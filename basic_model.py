@@ -416,6 +416,9 @@ def starting_checkpoint(init: str, encoder: str) -> tuple[Path, dict]:
     if init in ("imagenet", "none") or init == "auto" and not path.is_file():
         return path, {}
     contents = read_tensors(path)
+    wrong = "model" in contents and check_contents(contents)  # an encoder's state dict has no such key
+    if wrong:
+        raise ColorizeError(f"--init {path}: not a checkpoint that fits: {wrong}")
     fits = init != "auto" or contents.get("model", {}).get("encoder") == encoder
     return path, contents if fits else {}
 

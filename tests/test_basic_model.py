@@ -164,6 +164,14 @@ def test_initializing_takes_what_matches(checkpoints, tmp_path, monkeypatch):
     assert initialize(model, "none") == ("random weights", set())
 
 
+def test_a_damaged_checkpoint_is_no_start(checkpoints, tmp_path):
+    contents = read_tensors(checkpoints["bins"])
+    del contents["colors"]["saturation"]
+    torch.save(contents, tmp_path / "old.tar")
+    with pytest.raises(ColorizeError, match="--init .*old.tar.*'colors'"):
+        initialize(ColorNet(stages=2), str(tmp_path / "old.tar"))
+
+
 def test_auto_starts_from_the_shipped_checkpoint_if_its_encoder_fits(checkpoints, monkeypatch):
     monkeypatch.setattr(basic_model, "PRETRAINED", checkpoints["ab"])
     assert "head.weight" in initialize(ColorNet(stages=2), "auto")[1]
