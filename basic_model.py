@@ -4,7 +4,6 @@ ColorNet maps L (N, 1, H, W), 0..100, to ab in CIE units (head "ab") or to logit
 at a quarter of the resolution (head "bins"); ColorNet.predict gives ab for either.
 """
 
-import hashlib
 import os
 import pickle
 from pathlib import Path
@@ -28,7 +27,7 @@ PRETRAINED = Path(__file__).parent / "checkpoints" / "pretrained.tar"
 
 
 def color_bins() -> torch.Tensor:
-    """Centres (Q, 2) of the grid cells of 10 ab units that hold some sRGB colour (Zhang et al. 2016)."""
+    """Centres (Q, 2) of the cells of 10 ab units that hold some sRGB colour (Zhang et al. 2016)."""
     grid = np.arange(-110, 111, BIN_STEP, dtype=np.float32)
     offsets = np.linspace(-BIN_STEP / 2, BIN_STEP / 2, 5, dtype=np.float32)
     a, b, da, db = np.meshgrid(grid, grid, offsets, offsets, indexing="ij")
@@ -56,7 +55,7 @@ def rarity_weights(prior: torch.Tensor, rebalance: float) -> torch.Tensor:
 
 def color_statistics(photographs: ColorizeData,
                      bins: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The bins' prior (Q,), smoothed by the soft encoding, and the mean ab of each whole L (101, 2).
+    """The bins' prior (Q,), smoothed by soft encoding, and the mean ab of each whole L (101, 2).
 
     Counted over every 16th pixel of the photographs.
     """
@@ -81,9 +80,9 @@ def all_stored_ab() -> torch.Tensor:
 
 
 def annealed_mean(logits: torch.Tensor, bins: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Logits (N, Q, H, W) to ab (N, 2, H, W): the mean of softmax(logits/T) (Zhang et al. 2016, eq. 5).
+    """Logits (N, Q, H, W) to ab (N, 2, H, W): the mean of softmax(logits/T).
 
-    T = 1 is the mean of the distribution, T -> 0 its mode.
+    T = 1 is the mean of the distribution, T -> 0 its mode (Zhang et al. 2016, eq. 5).
     """
     probability = torch.softmax(logits.float() / temperature, dim=1)
     return torch.einsum("nqhw,qc->nchw", probability, bins)
@@ -93,13 +92,13 @@ def tilt(probability: np.ndarray, colors: np.ndarray, target: np.ndarray,
          start: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Move the mean colour of distributions by the smallest change in relative entropy.
 
-    probability (P, Q), colors (Q, 2), target (2,): p'(q) ~ p(q) exp(lambda . c_q) with one lambda for
-    all P, by Newton with step control on the convex mean log-partition less lambda . target, whose
-    gradient is (mean - target) and whose Hessian is the mean covariance. Returns p' and lambda. Out
-    of reach: the nearest that was found.
+    probability (P, Q), colors (Q, 2), target (2,): p'(q) ~ p(q) exp(lambda . c_q) with one lambda
+    for all P, by Newton with step control on the convex mean log-partition less lambda . target,
+    whose gradient is (mean - target) and whose Hessian is the mean covariance. Returns p' and
+    lambda. Out of reach: the nearest that was found.
     """
-    probability = probability.astype(np.float64)
-    colors, products = colors.astype(np.float64), np.einsum("qi,qj->qij", colors, colors).reshape(-1, 4)
+    probability, colors = probability.astype(np.float64), colors.astype(np.float64)
+    products = np.einsum("qi,qj->qij", colors, colors).reshape(-1, 4)
     vector = np.zeros(2) if start is None else start
 
     def tilted(vector):
@@ -160,7 +159,8 @@ def conv_block(channels: int, width: int) -> nn.Sequential:
     """Two 3x3 convolutions with batch norm."""
     layers = []
     for n in (channels, width):
-        layers += [nn.Conv2d(n, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(True)]
+        layers += [nn.Conv2d(n, width, 3, padding=1, bias=False), nn.BatchNorm2d(width),
+                   nn.ReLU(True)]
     return nn.Sequential(*layers)
 
 
@@ -186,8 +186,8 @@ class ColorNet(nn.Module):
         try:
             backbone = torchvision.models.get_model(encoder, weights=None)
         except ValueError:
-            raise ColorizeError(f"--encoder {encoder}: torchvision has no such network; "
-                                "use a resnet (resnet18), a vgg (vgg16_bn) or mobilenet_v2") from None
+            raise ColorizeError(f"--encoder {encoder}: torchvision has no such network; use a "
+                                "resnet (resnet18), a vgg (vgg16_bn) or mobilenet_v2") from None
         levels = encoder_levels(backbone, stages)
         self.encoder = create_feature_extractor(backbone, [node for node, _, _ in levels])
         if head == "bins":
@@ -212,8 +212,9 @@ class ColorNet(nn.Module):
             seen.append(width)
         self.head = nn.Conv2d(width, len(self.bins) if head == "bins" else 2, 1)
         nn.init.normal_(self.head.weight, std=0.01)
-        with torch.no_grad():  # an ab head starts gray, a bins head at the prior
-            self.head.bias.copy_(self.prior.clamp(min=1e-6).log() if head == "bins" else torch.zeros(2))
+        nn.init.zeros_(self.head.bias)  # an ab head starts gray, a bins head at the prior
+        if head == "bins":
+            self.head.bias.data.copy_(self.prior.clamp(min=1e-6).log())
         self.scenes = nn.Linear(levels[-1][1], classes) if classes else None
         for name, values in (("mean", [0.485, 0.456, 0.406]), ("std", [0.229, 0.224, 0.225])):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
@@ -225,7 +226,8 @@ class ColorNet(nn.Module):
         """
         height, width = L.shape[-2:]
         if min(height, width) < MIN_INPUT:
-            L = F.pad(L, (0, max(MIN_INPUT - width, 0), 0, max(MIN_INPUT - height, 0)), mode="replicate")
+            right, below = max(MIN_INPUT - width, 0), max(MIN_INPUT - height, 0)
+            L = F.pad(L, (0, right, 0, below), mode="replicate")
         levels = list(self.encoder(((L / 100) - self.mean) / self.std).values())
         x = self.bottleneck(levels[-1])
         x = x + F.relu(self.context(x.mean(dim=(2, 3))))[:, :, None, None]
@@ -261,14 +263,14 @@ class ColorNet(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Real or made up, judged patch by patch on Lab (N, 3, H, W) in CIE units (Isola et al. 2017)."""
+    """Real or made up, patch by patch, of Lab (N, 3, H, W) in CIE units (Isola et al. 2017)."""
 
     def __init__(self, width: int = 64):
         super().__init__()
         layers, channels = [], 3
         for n in (width, 2 * width, 4 * width):
-            layers += [nn.Conv2d(channels, n, 4, stride=2, padding=1, bias=False), nn.BatchNorm2d(n),
-                       nn.LeakyReLU(0.2, True)]
+            layers += [nn.Conv2d(channels, n, 4, stride=2, padding=1, bias=False),
+                       nn.BatchNorm2d(n), nn.LeakyReLU(0.2, True)]
             channels = n
         self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 1, 3, padding=1))
 
@@ -279,7 +281,8 @@ class Discriminator(nn.Module):
 
 def choose_device(device: str) -> torch.device:
     """auto: cuda, else mps, else cpu; ColorizeError where the one asked for is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
     if device == "auto":
         device = next(name for name in there if there[name])
     if not there[device]:
@@ -311,8 +314,10 @@ def half_precision(weights: dict) -> dict:
 
 
 def save_checkpoint(path: Path, model: ColorNet, weights: dict | None = None, **extra) -> None:
-    """Write a ColorNet as *.tar: the averaged `weights` (or its own) in half precision, its colours,
-    and extra keys (mean_ab, classes, training, resume). Beside the target, fsync, rename."""
+    """Write a ColorNet as *.tar: `weights` (or its own) in half precision, its colours, extra keys.
+
+    Extra are mean_ab, classes, training, resume. Written beside the target, fsync, renamed.
+    """
     contents = {"format": 1, "written_by": VERSION, "model": model.arguments,
                 "weights": half_precision(weights or model.state_dict()), **extra}
     if model.arguments["head"] == "bins":
@@ -327,20 +332,23 @@ def save_checkpoint(path: Path, model: ColorNet, weights: dict | None = None, **
                 file.flush()
                 os.fsync(file.fileno())
         except RuntimeError as error:  # torch's writer turns a failed write into one of these
-            raise error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error))
+            cause = error.__context__
+            raise cause if isinstance(cause, OSError) else OSError(str(error))
     write_whole(Path(path), write)
 
 
 def read_tensors(path: Path) -> dict:
-    """torch.load with weights_only, so that nothing in the file is executed; ColorizeError if bad."""
+    """torch.load with weights_only, so that nothing in the file is executed; or ColorizeError."""
     path = Path(path)
     if not path.is_file():
         raise ColorizeError(f"{path}: no such checkpoint; train one with: python main.py train")
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = "holds objects that are not tensors" if "Unsupported" in str(error) else "is not one"
-        raise ColorizeError(f"{path}: not a checkpoint that is safe to load: it {reason}") from None
+        unsafe = "Unsupported" in str(error)
+        reason = "it holds objects that are not tensors" if unsafe else "it is damaged"
+        raise ColorizeError(f"{path}: no checkpoint that is safe to load: {reason}; "
+                            "name a .tar written by train") from None
     except Exception as error:
         raise ColorizeError(f"{path}: not a checkpoint, or damaged ({type(error).__name__}); "
                             "name a .tar written by train") from None
@@ -352,7 +360,8 @@ def read_tensors(path: Path) -> dict:
 def check_contents(contents: dict) -> str:
     """What is wrong with a checkpoint's contents, or ""."""
     if contents.get("format") != 1:
-        return f"its format is {contents.get('format')!r}, not 1; train again, or update this program"
+        return (f"its format is {contents.get('format')!r}, not 1; train again, "
+                "or update this program")
     model, weights, colors = (contents.get(key) for key in ("model", "weights", "colors"))
     expected = {"encoder": str, "decoder": str, "head": str, "stages": int, "classes": int}
     if not isinstance(model, dict) or {k: type(v) for k, v in model.items()} != expected:
@@ -360,7 +369,8 @@ def check_contents(contents: dict) -> str:
     if (model["decoder"] not in ("unet", "plain", "dense") or model["head"] not in ("ab", "bins")
             or model["stages"] not in (2, 3, 4) or not 0 <= model["classes"] <= 100_000):
         return "its key 'model' holds values out of range"
-    if not isinstance(weights, dict) or not all(isinstance(w, torch.Tensor) for w in weights.values()):
+    if not (isinstance(weights, dict)
+            and all(isinstance(w, torch.Tensor) for w in weights.values())):
         return "its key 'weights' is not a state dict"
     if model["head"] == "bins":
         if not isinstance(colors, dict) or not all(
@@ -404,19 +414,16 @@ def load_checkpoint(path: Path, device: str = "cpu") -> tuple[ColorNet, dict]:
     return model.to(device).eval(), contents
 
 
-def checkpoint_hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
-
-
 def starting_checkpoint(init: str, encoder: str) -> tuple[Path, dict]:
-    """The file that --init means and its contents, {} for none; auto: the shipped checkpoint, if its
-    encoder is the one asked for."""
+    """The file that --init means, and its contents or {}.
+
+    auto: the shipped checkpoint, if its encoder is the one asked for.
+    """
     path = PRETRAINED if init == "auto" else Path(init)
     if init in ("imagenet", "none") or init == "auto" and not path.is_file():
         return path, {}
     contents = read_tensors(path)
-    wrong = "model" in contents and check_contents(contents)  # an encoder's state dict has no such key
+    wrong = "model" in contents and check_contents(contents)  # a state dict has no such key
     if wrong:
         raise ColorizeError(f"--init {path}: not a checkpoint that fits: {wrong}")
     fits = init != "auto" or contents.get("model", {}).get("encoder") == encoder
@@ -454,6 +461,7 @@ def take_weights(model: ColorNet, weights: dict, path: Path) -> tuple[str, set[s
                 if name in own and isinstance(w, torch.Tensor) and w.shape == own[name].shape}
     if not matching:
         raise ColorizeError(f"--init {path}: none of its tensors fits a ColorNet with "
-                            f"{model.arguments['encoder']}; name a checkpoint or an encoder's state dict")
+                            f"{model.arguments['encoder']}; name a checkpoint, or a state dict of "
+                            "the encoder")
     model.load_state_dict(own | {name: w.to(own[name].dtype) for name, w in matching.items()})
     return f"{path} ({len(matching)} of {len(own)} tensors)", set(matching)

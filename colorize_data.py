@@ -111,6 +111,11 @@ def linear_to_srgb(linear: np.ndarray) -> np.ndarray:
                     1.055 * linear ** np.float32(1 / 2.4) - np.float32(0.055))
 
 
+def to_8_bit(rgb: np.ndarray) -> np.ndarray:
+    """sRGB float 0..1 to uint8."""
+    return np.rint(np.clip(rgb, 0, 1) * 255).astype(np.uint8)
+
+
 def _lab_curve(t: np.ndarray) -> np.ndarray:
     return np.where(t > 0.008856, np.cbrt(t), 7.787 * t + np.float32(16 / 116))
 
@@ -382,7 +387,7 @@ def prepare(data: Path, val_fraction: float = 0.1, workers: int | None = None) -
         return manifests
     if (processed / "train.json").exists():
         say(f"{processed}: the photographs have changed; building the arrays again")
-    need, free = len(files) * SIDE * SIDE * 3, free_space(data)
+    need, free = len(files) * SIDE * SIDE * 3, shutil.disk_usage(data).free
     if need > free:
         raise ColorizeError(f"{processed}: the arrays need {need / 1e9:.1f} GB and "
                             f"{free / 1e9:.1f} GB are free; make room, or put --data elsewhere")
@@ -403,12 +408,8 @@ def prepare(data: Path, val_fraction: float = 0.1, workers: int | None = None) -
     return manifests
 
 
-def free_space(folder: Path) -> int:
-    """Bytes free on the disk of a folder."""
-    return shutil.disk_usage(folder).free
-
-
 def content_hash(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -525,7 +526,7 @@ class ColorizeData(torch.utils.data.Dataset):
         which = int(np.searchsorted(self.starts, row, side="right")) - 1
         return np.array(self._arrays[which][row - self.starts[which]])
 
-    def sample(self, n: int) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, n: int) -> tuple[torch.Tensor, int]:
         row = self.row(n)
         lab = torch.from_numpy(self.stored(row)).permute(2, 0, 1)
         if self.train:
@@ -547,17 +548,9 @@ class ColorizeData(torch.utils.data.Dataset):
             lab = lab.flip(-1)
         return film_lightness(lab, random) if self.film and random.uniform() < 0.5 else lab
 
-    def __getitem__(self, n: int):
-        return self.sample(n)
-
-    def __getitems__(self, numbers):
-        labs, labels = zip(*(self.sample(n) for n in numbers))
+    def __getitems__(self, numbers) -> tuple[torch.Tensor, torch.Tensor]:
+        labs, labels = zip(*(self[n] for n in numbers))
         return torch.stack(labs), torch.tensor(labels)
-
-
-def as_is(batch):
-    """DataLoader's collate_fn: __getitems__ has already made the batch."""
-    return batch
 
 
 def film_lightness(lab: torch.Tensor, random: np.random.Generator) -> torch.Tensor:
@@ -572,14 +565,10 @@ def film_lightness(lab: torch.Tensor, random: np.random.Generator) -> torch.Tens
 
 # ----------------------------------------------------------------------------- picture sheets
 
-def caption_font(size: int = 12):
-    return ImageFont.load_default(size)
-
-
 def picture_sheet(tiles: list, columns: int, captions: list[str] | None = None,
                   side: int = 256) -> Image.Image:
     """Pictures (Pillow, or uint8 arrays) in a grid, fitted into side x side, captions below."""
-    line = 16 if captions else 0
+    line, font = 16 if captions else 0, ImageFont.load_default(12)
     rows = -(-len(tiles) // columns)
     sheet = Image.new("RGB", (columns * (side + 4) + 4, rows * (side + 4 + line) + 4), "white")
     draw = ImageDraw.Draw(sheet)
@@ -590,10 +579,5 @@ def picture_sheet(tiles: list, columns: int, captions: list[str] | None = None,
         x, y = 4 + i % columns * (side + 4), 4 + i // columns * (side + 4 + line)
         sheet.paste(tile, (x + (side - tile.width) // 2, y + (side - tile.height) // 2))
         if captions and captions[i]:
-            draw.text((x + side // 2, y + side + 1), captions[i], "black", caption_font(), "ma")
+            draw.text((x + side // 2, y + side + 1), captions[i], "black", font, "ma")
     return sheet
-
-
-def to_8_bit(rgb: np.ndarray) -> np.ndarray:
-    """sRGB float 0..1 to uint8."""
-    return np.rint(np.clip(rgb, 0, 1) * 255).astype(np.uint8)

@@ -24,25 +24,23 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from skimage.color import deltaE_ciede2000
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from basic_model import checkpoint_hash
-from colorize_data import (MIN_CHROMA, SIDE, ColorizeData, ColorizeError, FlagError, caption_font,
-                           class_names, content_hash, decode_lab, find_photos, free_space,
-                           in_validation, into_gamut, lab_to_linear, lab_to_rgb, linear_to_srgb,
-                           ordered_map, picture_sheet, prepare, progress, read_photo, rgb_to_lab,
-                           say, to_8_bit, write_whole)
-from inference import check_vividness, colorize, load_model, working_copy
+from colorize_data import (MIN_CHROMA, SIDE, ColorizeData, ColorizeError, FlagError, class_names,
+                           content_hash, decode_lab, find_photos, in_validation, into_gamut,
+                           lab_to_rgb, ordered_map, picture_sheet, prepare, progress, read_photo,
+                           rgb_to_lab, say, to_8_bit, write_whole)
+from inference import check_vividness, colorize, lightness, load_model, working_copy
 
 MAX_MEMBER = 300 << 20  # bytes of a photograph in an archive
 MAX_RATIO = 200         # of an archive's contents to its own size, from 1 MB on
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val"}
-# columns of the table: score, heading, digits
-SCORES = {"psnr": ("PSNR", 2), "ssim": ("SSIM", 3), "ciede2000": ("CIEDE2000", 2),
-          "distance": ("ab dist.", 2), "auc": ("AuC", 3), "colorfulness": ("colourf.", 1),
-          "ratio": ("of truth's", 3), "delta_L": ("|dL|", 3)}
+# rows of the table: score, heading, digits
+SCORES = {"psnr": ("PSNR, dB", 2), "ssim": ("SSIM", 3), "ciede2000": ("CIEDE2000", 2),
+          "distance": ("ab distance", 2), "auc": ("AuC", 3), "colorfulness": ("colourfulness", 1),
+          "ratio": ("... over the truth's", 3), "delta_L": ("|dL|", 3)}
 
 
 # ------------------------------------------------------------------------- the photographs
@@ -53,7 +51,7 @@ def check_members(source: Path, members) -> None:
     members: (name, bytes, is it a link or a device) each, read one by one: a bomb is not read to
     its end.
     """
-    total, free, packed = 0, free_space(source.parent), source.stat().st_size
+    total, free, packed = 0, shutil.disk_usage(source.parent).free, source.stat().st_size
     for name, size, is_link in members:
         if is_link or name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/"):
             raise ColorizeError(f"--source {source}: '{name}' is a link or leads out of the "
@@ -181,8 +179,13 @@ def ab_histogram(counts: np.ndarray) -> Image.Image:
     share = np.log1p(counts) / np.log1p(max(counts.max(), 1))
     b, a = np.meshgrid(np.arange(127, -129, -1.0), np.arange(-128, 128.0), indexing="ij")
     ab = np.stack([a, b], axis=-1).astype(np.float32)
-    L = (share.T[::-1] * 75).astype(np.float32)
-    return Image.fromarray(to_8_bit(linear_to_srgb(lab_to_linear(L, into_gamut(L, ab)))))
+    return picture_of((share.T[::-1] * 75).astype(np.float32), ab)
+
+
+def picture_of(L: np.ndarray, ab: np.ndarray) -> Image.Image:
+    """L (H, W) and ab (H, W, 2), brought into gamut, as a picture."""
+    lab = np.concatenate([L[..., None], into_gamut(L, ab)], axis=-1)
+    return Image.fromarray(to_8_bit(lab_to_rgb(lab)))
 
 
 def check_overlap(data: Path) -> None:
@@ -202,10 +205,8 @@ def write_preview(path: Path, dataset: ColorizeData, histogram: np.ndarray) -> N
     stored, _ = dataset.__getitems__(range(min(8, len(dataset))))
     tiles = []
     for lab in decode_lab(stored.permute(0, 2, 3, 1).numpy()):
-        gray, flat = lab.copy(), lab.copy()
-        gray[..., 1:], flat[..., 0] = 0, 60
-        flat[..., 1:] = into_gamut(flat[..., 0], flat[..., 1:])
-        tiles += [to_8_bit(lab_to_rgb(version)) for version in (gray, flat, lab)]
+        L, ab = lab[..., 0], lab[..., 1:]
+        tiles += [picture_of(L, 0 * ab), picture_of(np.full_like(L, 60), ab), picture_of(L, ab)]
     captions = ["L", "ab at L 60", "colour"] * (len(tiles) // 3) + ["histogram of ab"]
     sheet = picture_sheet(tiles + [ab_histogram(histogram)], 6, captions, 192)
     write_whole(path, lambda name: sheet.save(name, "PNG"))
@@ -288,22 +289,21 @@ def summarize(rows: list[dict]) -> dict[str, tuple[float, float]]:
 
 # ----------------------------------------------------------------------------------- report
 
-def mean_color_baseline(mean_ab: np.ndarray, image) -> np.ndarray:
-    """Each pixel gets the training set's mean ab for its L; uint8 (H, W, 3)."""
-    L = rgb_to_lab(np.asarray(image.convert("RGB")))[..., 0]
-    ab = into_gamut(L, mean_ab[np.clip(np.rint(L), 0, 100).astype(int)].astype(np.float32))
-    return to_8_bit(lab_to_rgb(np.concatenate([L[..., None], ab], axis=-1)))
+def mean_color_baseline(mean_ab: np.ndarray, image: Image.Image) -> Image.Image:
+    """Each pixel gets the training set's mean ab for its L."""
+    L = lightness(image)
+    return picture_of(L, mean_ab[np.clip(np.rint(L), 0, 100).astype(int)].astype(np.float32))
 
 
 def print_table(summaries: dict, count: int, size: int) -> None:
-    """One row a method, mean and 95 % interval."""
-    width = max(map(len, summaries)) + 2
+    """A row a score, a column a method, mean and 95 % interval."""
     print(f"{count} photographs, network at {size} px; mean +- 95 % interval over photographs")
-    print(" " * width + "".join(f"{heading:>16}" for heading, _ in SCORES.values()))
-    for method, summary in summaries.items():
-        cells = (f"{summary[name][0]:.{digits}f} +-{summary[name][1]:.{digits}f}"
-                 for name, (_, digits) in SCORES.items())
-        print(f"{method:<{width}}" + "".join(f"{cell:>16}" for cell in cells))
+    widths = {method: max(len(method) + 2, 18) for method in summaries}
+    print(" " * 20 + "".join(method.rjust(width) for method, width in widths.items()))
+    for name, (heading, digits) in SCORES.items():
+        cells = ("{:.{d}f} +-{:.{d}f}".format(*summaries[method][name], d=digits).rjust(width)
+                 for method, width in widths.items())
+        print(f"{heading:<20}" + "".join(cells))
 
 
 def evaluate(*, image: Path = Path("data/input/val"), model: str | None = None, size: int = 256,
@@ -327,7 +327,7 @@ def evaluate(*, image: Path = Path("data/input/val"), model: str | None = None, 
     methods, hashes = {"gray": partial(mean_color_baseline, np.zeros((101, 2)))}, {}
     for network, path, contents in loaded:
         check_vividness(network, vividness)
-        hashes[str(path)] = checkpoint_hash(path)
+        hashes[str(path)] = content_hash(path)[:12]
         if "mean_ab" in contents and "mean ab for each L" not in methods:
             mean_ab = contents["mean_ab"].numpy()
             methods["mean ab for each L"] = partial(mean_color_baseline, mean_ab)
@@ -379,15 +379,19 @@ def write_report(out: Path, settings: dict, hashes: dict, summaries: dict, resul
                           for m, s in summaries.items()},
               "scores": {str(path): scores for path, scores in results}}
     write_whole(out / "evaluation.json", lambda name: name.write_text(json.dumps(report, indent=1)))
+    write_csv(out / "scores.csv", [
+        {"photograph": path, "method": method} | {name: round(x, 4) for name, x in scores.items()}
+        for path, by_method in results for method, scores in by_method.items()])
 
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """A table with a header; a value that a row lacks is left empty."""
     def write(temporary):
-        with open(temporary, "w", newline="") as file:
-            writer = csv.writer(file)
-            names = list(next(iter(results[0][1].values())))
-            writer.writerow(["photograph", "method", *names])
-            writer.writerows([path, method, *(f"{scores[name]:.4f}" for name in names)]
-                             for path, by_method in results for method, scores in by_method.items())
-    write_whole(out / "scores.csv", write)
+        with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+            writer.writeheader()
+            writer.writerows(rows)
+    write_whole(path, write)
 
 
 def draw_evaluation(path: Path, results: list, methods: dict, first: str) -> None:
@@ -409,19 +413,7 @@ def draw_evaluation(path: Path, results: list, methods: dict, first: str) -> Non
     write_whole(path, lambda name: sheet.save(name, "PNG"))
 
 
-# ------------------------------------------------------------------------- history and curves
-
-def write_history(path: Path, history: list[dict]) -> None:
-    """history.csv, a row an epoch."""
-    names = list(dict.fromkeys(name for row in history for name in row))
-
-    def write(temporary):
-        with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(history)
-    write_whole(path, write)
-
+# ------------------------------------------------------------------------------------ curves
 
 CURVES = {  # a panel each: title, columns, logarithmic
     "loss": (["loss", "val_loss"], True),
@@ -434,7 +426,7 @@ COLORS = ["#1f5fbf", "#d06010", "#208040"]
 
 
 def draw_curves(path: Path, history: list[dict]) -> None:
-    """history.csv as a picture: a panel for each of CURVES that the history has."""
+    """A training's history as a picture: a panel for each of CURVES that it has."""
     panels = [(title, [c for c in columns if c in history[-1]], log)
               for title, (columns, log) in CURVES.items()]
     panels = [panel for panel in panels if panel[1]]
@@ -450,6 +442,7 @@ def draw_curves(path: Path, history: list[dict]) -> None:
 def draw_panel(draw, left: int, top: int, width: int, height: int, title: str, curves: dict,
                log: bool) -> None:
     """One chart: frame, ticks, labels, a line a curve, a legend."""
+    font = ImageFont.load_default(12)
     curves = {name: [(x, y) for x, y in curve if math.isfinite(y)]
               for name, curve in curves.items()}
     points = [point for curve in curves.values() for point in curve] or [(1, 1.0)]
@@ -462,18 +455,18 @@ def draw_panel(draw, left: int, top: int, width: int, height: int, title: str, c
     place = lambda x, y: (x0 + (x1 - x0) * (x - 1) / max(last - 1, 1),
                           y1 - (y1 - y0) * (scale(y) - low) / (high - low))
     draw.rectangle((x0, y0, x1, y1), outline="black")
-    draw.text((x0, top + 8), title + " (log scale)" * log, "black", caption_font(14))
+    draw.text((x0, top + 8), title + " (log scale)" * log, "black", ImageFont.load_default(14))
     for i in range(5):
         value = low + (high - low) * i / 4
         y = y1 - (y1 - y0) * i / 4
         draw.line((x0, y, x1, y), "#d0d0d0" if 0 < i < 4 else "black")
         label = f"{10 ** value if log else value:.4g}"
-        draw.text((x0 - 6, y), label, "black", caption_font(), "rm")
+        draw.text((x0 - 6, y), label, "black", font, "rm")
         epoch = round(1 + (last - 1) * i / 4)
         if last >= 5 or i in (0, 4):
             x, _ = place(epoch, points[0][1])
-            draw.text((x, y1 + 6), str(epoch), "black", caption_font(), "ma")
-    draw.text(((x0 + x1) / 2, y1 + 20), "epoch", "black", caption_font(), "ma")
+            draw.text((x, y1 + 6), str(epoch), "black", font, "ma")
+    draw.text(((x0 + x1) / 2, y1 + 20), "epoch", "black", font, "ma")
     for i, (name, curve) in enumerate(curves.items()):
         color = COLORS[i]
         line = [place(x, y) for x, y in curve]
@@ -481,4 +474,4 @@ def draw_panel(draw, left: int, top: int, width: int, height: int, title: str, c
             draw.line(line, color, 2)
         elif line:
             draw.circle(line[0], 3, color)
-        draw.text((x1 - 6, y0 + 6 + 15 * i), name, color, caption_font(), "ra")
+        draw.text((x1 - 6, y0 + 6 + 15 * i), name, color, font, "ra")

@@ -24,10 +24,9 @@ import torch
 from PIL import Image, ImageColor
 from torch.nn import functional as F
 
-from basic_model import (PRETRAINED, ColorNet, checkpoint_hash, choose_device, load_checkpoint,
-                         tilt, upsample)
-from colorize_data import (MIN_CHROMA, VERSION, ColorizeError, FlagError, Photo, find_photos,
-                           gray_to_L, into_gamut, lab_to_linear, linear_to_srgb, ordered_map,
+from basic_model import PRETRAINED, ColorNet, choose_device, load_checkpoint, tilt, upsample
+from colorize_data import (MIN_CHROMA, VERSION, ColorizeError, FlagError, Photo, content_hash,
+                           find_photos, gray_to_L, into_gamut, lab_to_rgb, ordered_map,
                            picture_sheet, read_photo, rgb_to_lab, say, write_photo)
 
 STRIP = 1 << 20           # pixels of a strip: what is in memory at full resolution at a time
@@ -312,7 +311,7 @@ def finish(image: Image.Image, small: np.ndarray, ab: np.ndarray, hints: tuple =
         for correct in corrections:
             correct(L, colors, top)
         colors = into_gamut(L, colors)
-        rgb = linear_to_srgb(lab_to_linear(L, colors))
+        rgb = lab_to_rgb(np.concatenate([L[..., None], colors], axis=-1))
         pixels = np.rint(rgb * (65535 if deep else 255)).astype(np.uint16 if deep else np.uint8)
         return top, pixels, colors.sum(axis=0).sum(axis=0, dtype=np.float64)
     total = np.zeros(2)
@@ -384,8 +383,8 @@ def check_vividness(model: ColorNet, vividness: float | None) -> None:
 
 def load_model(model: str | Path | None, device: str) -> tuple[ColorNet, Path, dict]:
     """The checkpoint named, else checkpoints/best_model.tar, else the shipped one."""
-    path = Path(model) if model else next(
-        (p for p in (Path("checkpoints/best_model.tar"), PRETRAINED) if p.is_file()), PRETRAINED)
+    own = Path("checkpoints/best_model.tar")
+    path = Path(model or (own if own.is_file() else PRETRAINED))
     network, contents = load_checkpoint(path, choose_device(device))
     return network, path, contents
 
@@ -404,15 +403,13 @@ def download(url: str, folder: Path) -> Path:
             raise ValueError(f"it is over {MAX_DOWNLOAD >> 20} MB")
         (folder / name).write_bytes(content)
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise ColorizeError(f"{url}: cannot be fetched ({error}); download it yourself and name "
-                            "the file") from None
+        raise ColorizeError(f"{url}: cannot be fetched ({error}); download it yourself") from None
     return folder / name
 
 
-def plan_outputs(image: str, output: Path | None, folder: Path, kind: str) -> list[tuple]:
+def plan_outputs(image: str, output: Path, folder: Path, kind: str) -> list[tuple]:
     """(input, output) of every photograph asked for. `folder`: where downloads go."""
     source = download(image, folder) if "://" in image else Path(image)
-    output = Path(output or "data/output")
     if not source.is_dir():
         named = output.suffix.lower() in Image.registered_extensions() and not output.is_dir()
         return [(source, output if named else output / f"{source.stem}_{kind}.png")]
@@ -439,7 +436,7 @@ class Job(NamedTuple):
 
 
 def inference(*, image: str = "data/input/val", model: str | None = None,
-              output: Path | None = None, size: int = 256,
+              output: Path = Path("data/output"), size: int = 256,
               device: Literal["auto", "cpu", "cuda", "mps"] = "auto", overwrite: bool = False,
               mood: Literal["warm", "cool", "golden", "moonlight", "vintage", "muted", "vivid",
                             "sepia"] | None = None,
@@ -451,7 +448,7 @@ def inference(*, image: str = "data/input/val", model: str | None = None,
 
     image: photograph, folder or URL
     model: checkpoint; else checkpoints/best_model.tar, else the shipped one
-    output: file (its extension is the format) or folder; else data/output/NAME_color.png
+    output: file (its extension is the format), or folder for NAME_color.png
     size: short side at which the network works
     device: where to compute
     overwrite: in a folder, do again what is already there
@@ -460,7 +457,7 @@ def inference(*, image: str = "data/input/val", model: str | None = None,
     reference: photograph whose mean colour and colour spread are wanted
     strength: of mood, mean_color or reference, 0..1
     saturation: factor on the colours; 1 leaves them
-    vividness: above 1 decides for the likeliest colours (bins checkpoints); 1 leaves them
+    vividness: above 1 decides for the likeliest colours (bins checkpoints)
     hints: exact colours at pixels: x,y,#rrggbb; x,y,#rrggbb
     sheet: one picture of every mood and three vividness values, with their flags
     compare: write gray and colour side by side
@@ -469,14 +466,18 @@ def inference(*, image: str = "data/input/val", model: str | None = None,
     if not 32 <= size <= 2048:
         raise FlagError(f"--size {size}: must be 32..2048")
     controls = read_controls(mood, mean_color, reference, strength, saturation, vividness, hints)
+    if sheet and (compare or controls != Controls()):
+        raise FlagError("--sheet shows every mood: leave out --compare and the colour flags")
     network, path, contents = load_model(model, device)
     check_vividness(network, vividness)
     say(f"loaded {path} ({contents['model']['encoder']}, {contents['model']['head']}) "
         f"on {next(network.parameters()).device}")
-    settings = {"checkpoint": checkpoint_hash(path), "size": size, **controls._asdict()}
+    settings = {"checkpoint": content_hash(path)[:12], "size": size, **controls._asdict()}
     description = ", ".join([f"Colours added by colorize {VERSION}"] + [
         f"{name} {value}" for name, value in settings.items() if value not in (None, ())])
-    write = partial(write_sheet if sheet else write_pages, network, controls, description, compare)
+    write = partial(write_pages, network, controls, description, compare)
+    if sheet:
+        write = partial(write_sheet, network, description)
     with tempfile.TemporaryDirectory() as folder:
         plan = plan_outputs(str(image), output, Path(folder), "sheet" if sheet else "color")
         if hints and len(plan) > 1:
@@ -553,8 +554,7 @@ def run_photos(model: ColorNet, plan: list, size: int, vividness: float, max_meg
     return errors
 
 
-def write_sheet(model: ColorNet, controls: Controls, description: str, compare: bool,
-                pages: list) -> str:
+def write_sheet(model: ColorNet, description: str, pages: list) -> str:
     """Write a sheet of every mood and three vividness values; returns the line to print."""
     job = pages[0][0]
     choices = [{}] + [{"mood": mood} for mood in MOODS]

@@ -1,9 +1,9 @@
 """Training: objectives, the loop, resuming, history and curves.
 
-    python main.py train                                       # data/input -> checkpoints/best_model.tar
+    python main.py train                            # data/input -> checkpoints/best_model.tar
     python main.py train --data my_photos --epochs 50 --loss bins
-    python main.py train --resume auto                         # go on where it was cut
-    torchrun --nproc_per_node=4 main.py train --data my_photos # several devices
+    python main.py train --resume auto              # go on where it was cut
+    torchrun --nproc_per_node=4 main.py train       # several devices
 """
 
 import math
@@ -23,14 +23,16 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from basic_model import (AB_SCALE, ColorNet, Discriminator, all_stored_ab, choose_device, color_bins,
-                         color_statistics, initialize, rarity_weights, read_tensors, save_checkpoint,
-                         soft_encode, starting_checkpoint, use_bf16)
-from colorize_data import (ColorizeData, ColorizeError, FlagError, as_is, class_names, decode_lab,
-                           lab_to_rgb, picture_sheet, prepare, progress, say, to_8_bit, write_whole)
-from evaluate import draw_curves, picture_scores, write_history
+from basic_model import (AB_SCALE, ColorNet, Discriminator, all_stored_ab, choose_device,
+                         color_bins, color_statistics, initialize, rarity_weights, read_tensors,
+                         save_checkpoint, soft_encode, starting_checkpoint, use_bf16)
+from colorize_data import (ColorizeData, ColorizeError, FlagError, class_names, decode_lab,
+                           picture_sheet, prepare, progress, say, write_whole)
+from evaluate import draw_curves, picture_of, picture_scores, write_csv
 
 HUBER_DELTA = 11.0  # ab units: quadratic below, linear above
+EMA_DECAY = 0.999   # of the averaged weights, which are the ones validated and shipped
+MAX_NORM = 1.0      # longer gradients are clipped
 BAD_STEPS = 10      # non-finite losses in a row that end a run
 COLLAPSE = 0.1      # a discriminator's mean loss under this has stopped to teach
 # these may differ between a run and its resumption; every other setting may not
@@ -71,9 +73,9 @@ class BinsLoss(nn.Module):
     def forward(self, logits: torch.Tensor, ab: torch.Tensor) -> torch.Tensor:
         ab = F.avg_pool2d(ab, 4, ceil_mode=True, count_include_pad=False).round().long() + 128
         key = ab[:, 0] * 256 + ab[:, 1]
-        nearest, weights = (table[key].permute(0, 3, 1, 2) for table in (self.nearest, self.weights))
+        nearest, soft = (table[key].permute(0, 3, 1, 2) for table in (self.nearest, self.weights))
         log_probability = torch.log_softmax(logits.float(), dim=1).gather(1, nearest)
-        return (-(weights * log_probability).sum(dim=1) * self.rarity[nearest[:, 0]]).mean()
+        return (-(soft * log_probability).sum(dim=1) * self.rarity[nearest[:, 0]]).mean()
 
 
 def scene_loss(scenes: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -91,10 +93,10 @@ def learning_rate(step: int, total: int, peak: float, warm_up: int) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(total - warm_up, 1)))
 
 
-def ema_update(decay: float, averaged: list, current: list, updates) -> None:
-    """averaged += (1 - d)(current - averaged), d = min(decay, (1 + t)/(10 + t)) at update t."""
+def ema_update(averaged: list, current: list, updates) -> None:
+    """averaged += (1 - d)(current - averaged), d = min(EMA_DECAY, (1 + t)/(10 + t)) at update t."""
     t = int(updates)
-    torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + t) / (10 + t)))
+    torch._foreach_lerp_(averaged, current, 1 - min(EMA_DECAY, (1 + t) / (10 + t)))
 
 
 # ---------------------------------------------------------------------------------- the run
@@ -107,17 +109,40 @@ class Training:
         self.settings, self.device, self.amp, self.manifests = settings, device, amp, manifests
         self.rank = distributed.get_rank() if distributed.is_initialized() else 0
         self.world = distributed.get_world_size() if distributed.is_initialized() else 1
-        s = settings
-        self.classes = class_names(manifests["train"])
+        self.open_photographs()
+        self.make_network(resumed)
+        self.make_optimizers()
+        self.step, self.history, self.best = 0, [], math.inf
+        self.sums, self.skipped, self.bad_in_a_row = {}, 0, 0
+        self.samples = len(self.train_data) // self.world * self.world  # equal shares for ranks
+        self.steps_per_epoch = -(-self.samples // (settings["batch_size"] * self.world))
+        self.total = self.steps_per_epoch * settings["epochs"]
+        if resumed:
+            self.restore(resumed["resume"])
+
+    def open_photographs(self) -> None:
+        """Datasets of train and val, and the names of the classes."""
+        s, self.classes = self.settings, class_names(self.manifests["train"])
         if s["class_weight"] and not self.classes:
             raise ColorizeError(f"--class_weight: {s['data']}/train has no class folders; put each "
                                 "scene's photographs in a folder of its own, or leave the flag out")
-        self.train_data = self.open_data(["train", "val"] if s["final"] else ["train"], train=True,
-                                         crop=s["crop"], film=s["film"], seed=s["seed"])
-        self.val_data = None if s["final"] else self.open_data(["val"])
+        number = {name: i for i, name in enumerate(self.classes)}
+
+        def opened(splits, **options):
+            labels = [number.get(label, -1) for split in splits
+                      for *_, label in self.manifests[split]["photographs"]]
+            arrays = [Path(s["data"], "processed", f"{split}.npy") for split in splits]
+            return ColorizeData(arrays, labels, s["size"], limit=s["limit"], **options)
+        self.train_data = opened(["train", "val"] if s["final"] else ["train"], train=True,
+                                 crop=s["crop"], film=s["film"], seed=s["seed"])
+        self.val_data = None if s["final"] else opened(["val"])
         if not s["final"] and not len(self.val_data):
-            raise ColorizeError(f"no usable photograph to validate with in {s['data']}/val (or set aside "
-                                "from train); add some, or train without validation: --final")
+            raise ColorizeError(f"no usable photograph to validate with in {s['data']}/val (or set "
+                                "aside from train); add some, or train without: --final")
+
+    def make_network(self, resumed: dict | None) -> None:
+        """The network with its starting weights, and their average; settles what was left open."""
+        s = self.settings
         # a checkpoint of ours brings its head and colours: regressions then fit the bins' mean
         before = resumed or starting_checkpoint(s["init"], s["encoder"])[1]
         head = "bins" if s["loss"] == "bins" else before.get("model", {}).get("head", "ab")
@@ -130,7 +155,8 @@ class Training:
         self.model = ColorNet(s["encoder"], s["decoder"], head, s["stages"],
                               len(self.classes) if s["class_weight"] else 0, colors)
         if resumed:
-            self.start, self.trained = resumed["training"]["start"], set(resumed["training"]["trained"])
+            self.start = resumed["training"]["start"]
+            self.trained = set(resumed["training"]["trained"])
         else:
             self.start, self.trained = initialize(self.model, s["init"])
         if s["lr"] is None:  # gentle where all was trained before
@@ -141,30 +167,30 @@ class Training:
             s["freeze_bn"] = "encoder" if known else "none"
         if s["freeze_encoder"]:
             self.model.encoder.requires_grad_(False)
-        self.model.to(device, memory_format=torch.channels_last)
-        self.bins_loss = None
+        self.model.to(self.device, memory_format=torch.channels_last)
+        self.average = AveragedModel(self.model, multi_avg_fn=ema_update)
+        self.bins_loss, self.unit = None, 1.0  # the unit brings a loss back to ab units
         if s["loss"] == "bins":
-            self.bins_loss = BinsLoss(colors["bins"], prior, s["rebalance"]).to(device)
-        self.average = AveragedModel(self.model, multi_avg_fn=partial(ema_update, s["ema"]))
+            self.bins_loss = BinsLoss(colors["bins"], prior, s["rebalance"]).to(self.device)
+        else:
+            self.regression = "l1" if s["loss"] == "gan" else s["loss"]
+            self.unit = REGRESSIONS[self.regression][1]
+
+    def make_optimizers(self) -> None:
+        """AdamW of the network and, for a gan, the discriminator with its own."""
+        s = self.settings
         self.parallel = self.distribute(self.model)
         self.optimizer = torch.optim.AdamW(self.parameter_groups(), lr=s["lr"],
                                            weight_decay=s["weight_decay"])
         self.discriminator = None
         if s["loss"] == "gan":
-            self.discriminator = Discriminator().to(device, memory_format=torch.channels_last)
+            self.discriminator = Discriminator().to(self.device, memory_format=torch.channels_last)
             self.parallel_discriminator = self.distribute(self.discriminator)
             self.d_optimizer = torch.optim.AdamW(self.discriminator.parameters(),
                                                  lr=s["lr_discriminator"], betas=(0.5, 0.999))
-        self.step, self.history, self.best = 0, [], math.inf
-        self.sums, self.skipped, self.bad_in_a_row = {}, 0, 0
-        self.samples = len(self.train_data) // self.world * self.world  # an equal share for each rank
-        self.steps_per_epoch = -(-self.samples // (s["batch_size"] * self.world))
-        self.total = self.steps_per_epoch * s["epochs"]
-        if resumed:
-            self.restore(resumed["resume"])
 
     def parameter_groups(self) -> list[dict]:
-        """What is trained: fresh weights at the full rate, those trained before at a share of it."""
+        """Trainable weights: fresh ones at the full rate, those trained before at a share of it."""
         groups = {1.0: []}
         for name, parameter in self.model.named_parameters():
             share = self.settings["encoder_lr" if name.startswith("encoder.") else "decoder_lr"]
@@ -172,18 +198,12 @@ class Training:
                 groups.setdefault(share if name in self.trained else 1.0, []).append(parameter)
         return [{"params": group, "scale": share} for share, group in groups.items() if group]
 
-    def open_data(self, splits: list[str], **options) -> ColorizeData:
-        """The photographs of the splits, their classes numbered."""
-        s, number = self.settings, {name: i for i, name in enumerate(self.classes)}
-        labels = [number.get(label, -1) for split in splits
-                  for *_, label in self.manifests[split]["photographs"]]
-        arrays = [Path(s["data"], "processed", f"{split}.npy") for split in splits]
-        return ColorizeData(arrays, labels, s["size"], limit=s["limit"], **options)
-
     def distribute(self, network: nn.Module) -> nn.Module:
+        """The network, its gradients averaged over the ranks where there are several."""
         if self.world == 1:
             return network
-        return DistributedDataParallel(network, [self.device] if self.device.type == "cuda" else None)
+        devices = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(network, devices)
 
     def train_mode(self) -> None:
         """Training mode, but for the batch norms that keep their statistics."""
@@ -194,20 +214,19 @@ class Training:
             self.model.encoder.eval()
 
     def batches(self, dataset: ColorizeData, first: int, last: int, skip: int = 0):
-        """Batches (lab, labels) of this rank's share of samples first..last, from batch `skip` on."""
+        """Batches (lab, labels) of this rank's share of samples first..last, from batch skip on."""
         together = self.settings["batch_size"] * self.world
         shares = [list(range(start + self.rank, min(start + together, last), self.world))
                   for start in range(first, last, together)]
         return torch.utils.data.DataLoader(
-            dataset, batch_sampler=[share for share in shares[skip:] if share], collate_fn=as_is,
+            dataset, batch_sampler=[share for share in shares[skip:] if share], collate_fn=tuple,
             num_workers=self.settings["workers"], pin_memory=self.device.type == "cuda")
 
     def objective(self, output: torch.Tensor, ab: torch.Tensor) -> torch.Tensor:
-        s = self.settings
-        if s["loss"] == "bins":
+        """The loss of the network's output (logits for bins, else ab) against the true ab."""
+        if self.bins_loss is not None:
             return self.bins_loss(output, ab)
-        name = "l1" if s["loss"] == "gan" else s["loss"]
-        return regression_loss(name, output, ab, s["chroma_weight"])
+        return regression_loss(self.regression, output, ab, self.settings["chroma_weight"])
 
     def learn(self, lab: torch.Tensor, labels: torch.Tensor) -> None:
         """One step on one batch of stored Lab (N, 3, H, W) and class numbers (N,)."""
@@ -224,7 +243,7 @@ class Training:
         if s["loss"] != "bins":
             output = self.model.decode(output, ab.shape[-2:])
         loss = self.objective(output, ab)
-        measured = {"loss": loss.detach() * self.loss_unit()}
+        measured = {"loss": loss.detach() * self.unit}
         if self.discriminator is not None:
             measured |= self.learn_to_discriminate(L, ab, output.detach(), rate)
             loss = s["l1_weight"] * loss + self.fooling_loss(L, output)
@@ -233,7 +252,7 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(trainable, s["clip"])
+        norm = nn.utils.clip_grad_norm_(trainable, MAX_NORM)
         self.step += 1
         if not torch.isfinite(norm + loss.detach()):
             self.skip_step()
@@ -245,10 +264,6 @@ class Training:
             total, count = self.sums.get(name, (0.0, 0))
             self.sums[name] = total + float(value) * len(lab), count + len(lab)
 
-    def loss_unit(self) -> float:
-        """What brings the objective's value back to ab units (1 for the cross-entropy)."""
-        name = "l1" if self.settings["loss"] == "gan" else self.settings["loss"]
-        return REGRESSIONS[name][1] if name in REGRESSIONS else 1.0
 
     def skip_step(self) -> None:
         """A non-finite loss or gradient: leave the weights, undo what it did to batch norm."""
@@ -258,23 +273,24 @@ class Training:
             buffer.copy_(good)
         say(f"step {self.step}: the loss is not finite; skipped")
         if self.bad_in_a_row == BAD_STEPS:
-            raise ColorizeError(f"the loss was not finite {BAD_STEPS} times in a row; the last good "
-                                "checkpoint is kept; try a lower --lr, or --amp off")
+            raise ColorizeError(f"the loss was not finite {BAD_STEPS} times in a row; the last "
+                                "good checkpoint is kept; try a lower --lr, or --amp off")
 
     def learn_to_discriminate(self, L, ab, made, rate: float) -> dict:
         """The discriminator's step; its input noise fades out over the first half of the run."""
         generator = torch.Generator().manual_seed(self.settings["seed"] * 1_000_003 + self.step)
-        strength = 0.2 * max(0.0, 1 - 2 * self.step / self.total)
-        noise = torch.randn((2 * len(L), 3, *L.shape[-2:]), generator=generator).to(self.device) * strength
+        noise = torch.randn((2 * len(L), 3, *L.shape[-2:]), generator=generator).to(self.device)
+        noise = noise * 0.2 * max(0.0, 1 - 2 * self.step / self.total)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            logits = self.parallel_discriminator(torch.cat([L, L]), torch.cat([ab, made]), noise).float()
-        real, fake = logits.chunk(2)
+            logits = self.parallel_discriminator(torch.cat([L, L]), torch.cat([ab, made]), noise)
+        real, fake = logits.float().chunk(2)
         loss = (F.binary_cross_entropy_with_logits(real, torch.ones_like(real))
                 + F.binary_cross_entropy_with_logits(fake, torch.zeros_like(fake))) / 2
         self.d_optimizer.param_groups[0]["lr"] = rate * self.settings["lr_discriminator"]
         self.d_optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if torch.isfinite(nn.utils.clip_grad_norm_(self.discriminator.parameters(), self.settings["clip"])):
+        norm = nn.utils.clip_grad_norm_(self.discriminator.parameters(), MAX_NORM)
+        if torch.isfinite(norm):
             self.d_optimizer.step()
         return {"d_loss": loss.detach(), "d_real": real.detach().sigmoid().mean(),
                 "d_fake": fake.detach().sigmoid().mean()}
@@ -289,7 +305,7 @@ class Training:
 
     @torch.no_grad()
     def validate(self) -> dict:
-        """Means over the validation photographs for the averaged weights; the same on every rank."""
+        """Means over the validation photographs for the averaged weights, equal on every rank."""
         model = self.average.module.eval()
         names = ["n", "loss", "mse", "distance", "psnr", "color", "true_color", "labelled", "right"]
         sums = torch.zeros(len(names), dtype=torch.float64)
@@ -298,7 +314,7 @@ class Training:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
                 output, scenes = model(lab[:, :1], with_scenes=True)
                 ab = model.decode(output, lab.shape[-2:])
-            loss = self.objective(output if self.bins_loss else ab, lab[:, 1:]) * self.loss_unit()
+            loss = self.objective(output if self.bins_loss else ab, lab[:, 1:]) * self.unit
             mse = F.mse_loss(ab, lab[:, 1:])
             labels = labels.to(self.device)
             right = 0 if scenes is None else ((scenes.argmax(1) == labels) & (labels >= 0)).sum()
@@ -309,8 +325,8 @@ class Training:
             sums = sums.to(self.device)
             distributed.all_reduce(sums)
         n = dict(zip(names, sums.tolist()))
-        scores = {"val_loss": n["loss"], "mse": n["mse"], "distance": n["distance"], "psnr": n["psnr"]}
-        scores = {name: value / n["n"] for name, value in scores.items()}
+        scores = {name: n[name] / n["n"] for name in ("loss", "mse", "distance", "psnr")}
+        scores = {"val_loss": scores.pop("loss")} | scores
         scores["colorfulness"] = n["color"] / max(n["true_color"], 1e-9)
         if self.model.scenes is not None:
             scores["accuracy"] = n["right"] / max(n["labelled"], 1)
@@ -322,18 +338,15 @@ class Training:
         numbers = np.linspace(0, len(self.val_data) - 1, min(8, len(self.val_data))).astype(int)
         lab = decode_lab(self.val_data.__getitems__(numbers.tolist())[0])
         ab = self.average.module.eval().predict(lab[:, :1].to(self.device)).cpu()
-        tiles = []
-        for colors in (torch.zeros_like(ab), ab, lab[:, 1:]):
-            pictures = torch.cat([lab[:, :1], colors], dim=1).permute(0, 2, 3, 1).numpy()
-            tiles.append(to_8_bit(lab_to_rgb(pictures)))
-        tiles = [tile for row in zip(*tiles) for tile in row]
+        lab, ab = lab.permute(0, 2, 3, 1).numpy(), ab.permute(0, 2, 3, 1).numpy()
+        tiles = [picture_of(true[..., 0], colors) for true, made in zip(lab, ab)
+                 for colors in (0 * made, made, true[..., 1:])]
         sheet = picture_sheet(tiles, 6, ["gray", "prediction", "truth"] * len(numbers), 160)
         write_whole(path, lambda name: sheet.save(name, "PNG"))
 
     def described(self) -> dict:
         """What a reader of a checkpoint needs to make it again."""
-        return {"settings": printable(self.settings),
-                "start": self.start, "trained": sorted(self.trained),
+        return {"settings": self.settings, "start": self.start, "trained": sorted(self.trained),
                 "epoch": self.step // self.steps_per_epoch, "step": self.step,
                 "photographs": len(self.train_data), "amp": "bf16" if self.amp else "off",
                 "fingerprint": self.manifests["train"]["fingerprint"],
@@ -341,7 +354,7 @@ class Training:
                 "torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
 
     def save(self, name: str) -> None:
-        """Write best_model.tar (the averaged weights) or last.tar (with all that resuming needs)."""
+        """Write best_model.tar (the averaged weights) or last.tar (and all that resuming needs)."""
         if self.rank:
             return
         extra = {"mean_ab": self.mean_ab, "classes": self.classes if self.model.scenes else [],
@@ -349,8 +362,9 @@ class Training:
         if name == "last.tar":
             extra["resume"] = {
                 "weights": self.model.state_dict(), "average": self.average.state_dict(),
-                "optimizer": self.optimizer.state_dict(), "step": self.step, "history": self.history,
-                "best": self.best, "sums": self.sums, "skipped": self.skipped}
+                "optimizer": self.optimizer.state_dict(), "step": self.step,
+                "history": self.history, "best": self.best, "sums": self.sums,
+                "skipped": self.skipped}
             if self.discriminator is not None:
                 extra["resume"] |= {"discriminator": self.discriminator.state_dict(),
                                     "d_optimizer": self.d_optimizer.state_dict()}
@@ -380,8 +394,9 @@ class Training:
             for epoch in range(len(self.history), self.settings["epochs"]):
                 self.run_epoch(epoch, stop)
         except torch.OutOfMemoryError:
+            smaller = max(self.settings["batch_size"] // 2, 1)
             raise ColorizeError(f"the {self.device.type} ran out of memory; "
-                                f"try --batch_size {max(self.settings['batch_size'] // 2, 1)}") from None
+                                f"try --batch_size {smaller}") from None
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -408,8 +423,7 @@ class Training:
             asked = time.monotonic()
         elapsed = time.monotonic() - start
         row = {"epoch": epoch + 1, "step": self.step, "lr": self.optimizer.param_groups[0]["lr"]}
-        row |= self.means()
-        row |= {} if self.settings["final"] else self.validate()
+        row |= self.means() | ({} if self.settings["final"] else self.validate())
         row |= {"images_per_second": seen / elapsed, "waiting": waiting / elapsed}
         self.sums = {}
         self.finish_epoch(row)
@@ -420,7 +434,7 @@ class Training:
         if self.world > 1:
             sums = sums.to(self.device)
             distributed.all_reduce(sums)
-        return {name: total / max(count, 1) for name, (total, count) in zip(self.sums, sums.tolist())}
+        return {name: total / max(n, 1) for name, (total, n) in zip(self.sums, sums.tolist())}
 
     def finish_epoch(self, row: dict) -> None:
         self.history.append(row)
@@ -439,7 +453,7 @@ class Training:
         if is_best:
             self.save("best_model.tar")
         self.save("last.tar")
-        write_history(out / "history.csv", self.history)
+        write_csv(out / "history.csv", self.history)
         draw_curves(out / "curves.png", self.history)
         if not self.settings["final"]:
             self.preview(out / "preview.png")
@@ -455,7 +469,7 @@ def read_resumable(path: Path, settings: dict, fingerprint: str) -> dict:
         raise ColorizeError(f"--resume {path}: it holds no training to go on with; "
                             "name a last.tar, or start from its weights with --init")
     old = training["settings"]
-    for name, value in printable(settings).items():
+    for name, value in list(settings.items()):
         if value is None or value == "auto" and name == "freeze_bn":  # left open
             settings[name] = old.get(name)
         elif name not in FREE_ON_RESUME and name in old and old[name] != value:
@@ -468,32 +482,28 @@ def read_resumable(path: Path, settings: dict, fingerprint: str) -> dict:
         raise ColorizeError(f"--resume {path}: it was trained for --epochs {old['epochs']}, not "
                             f"{settings['epochs']}; fewer would change its past")
     if settings["epochs"] > old["epochs"]:
-        say(f"--epochs {settings['epochs']} instead of {old['epochs']}: the learning rate follows the "
-            "longer schedule from here on")
+        say(f"--epochs {settings['epochs']} instead of {old['epochs']}: the learning rate follows "
+            "the longer schedule from here on")
     return contents
 
 
-def printable(settings: dict) -> dict:
-    return {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+RANGES = {"epochs": (1, 1e6), "batch_size": (1, 1e6), "lr": (1e-9, 10), "size": (64, 256),
+          "limit": (1, 1e9), "encoder_lr": (0, 10), "decoder_lr": (0, 10), "weight_decay": (0, 10),
+          "rebalance": (0, 1), "temperature": (0.01, 10), "saturation": (0, 4),
+          "chroma_weight": (0, 1e3), "class_weight": (0, 1e3), "l1_weight": (0, 1e6),
+          "lr_discriminator": (1e-9, 10), "seed": (0, 2**31), "workers": (0, 999),
+          "save_minutes": (0, 1e6)}
 
 
 def check_settings(s: dict) -> None:
     """FlagError for values and combinations that make no sense."""
-    for name in ("epochs", "batch_size", "clip", "lr", "limit"):
-        if s[name] is not None and s[name] <= 0:
-            raise FlagError(f"--{name} {s[name]}: must be more than 0")
-    if s["seed"] < 0:
-        raise FlagError(f"--seed {s['seed']}: must be 0 or more")
-    if not 64 <= s["size"] <= 256:
-        raise FlagError(f"--size {s['size']}: must be 64..256, the side of the stored photographs")
-    if not 0 <= s["rebalance"] <= 1:
-        raise FlagError(f"--rebalance {s['rebalance']}: must be 0..1 (1 is no rebalancing)")
-    if s["temperature"] is not None and not 0 < s["temperature"] <= 10:
-        raise FlagError(f"--temperature {s['temperature']}: must be over 0 and at most 10")
-    if s["saturation"] is not None and not 0 <= s["saturation"] <= 4:
-        raise FlagError(f"--saturation {s['saturation']}: must be 0..4")
-    if s["loss"] != "bins" and (s["rebalance"], s["temperature"], s["saturation"]) != (1, None, None):
-        raise FlagError(f"--rebalance, --temperature and --saturation go with --loss bins, not {s['loss']}")
+    for name, (low, high) in RANGES.items():
+        if s[name] is not None and not low <= s[name] <= high:
+            raise FlagError(f"--{name} {s[name]}: must be {low:g}..{high:g}")
+    of_bins = s["rebalance"], s["temperature"], s["saturation"]
+    if s["loss"] != "bins" and of_bins != (1, None, None):
+        raise FlagError("--rebalance, --temperature and --saturation go with --loss bins, "
+                        f"not {s['loss']}")
     if s["loss"] == "bins" and s["chroma_weight"]:
         raise FlagError("--chroma_weight goes with the regressions; with bins use --rebalance")
     if s["loss"] == "gan" and s["init"] == "none":
@@ -508,43 +518,41 @@ def train(*, data: Path = Path("data/input"), out: Path = Path("checkpoints"), e
           final: bool = False, freeze_encoder: bool = False,
           freeze_bn: Literal["auto", "none", "encoder", "all"] = "auto",
           encoder_lr: float = 0.1, decoder_lr: float = 0.2, weight_decay: float = 0.01,
-          ema: float = 0.999, clip: float = 1.0, crop: bool = True, film: bool = False,
-          rebalance: float = 1.0, temperature: float | None = None,
-          saturation: float | None = None, chroma_weight: float = 0.0, class_weight: float = 0.0,
-          l1_weight: float = 100.0, lr_discriminator: float = 1e-4, seed: int = 0,
+          crop: bool = True, film: bool = False, rebalance: float = 1.0,
+          temperature: float | None = None, saturation: float | None = None,
+          chroma_weight: float = 0.0, class_weight: float = 0.0, l1_weight: float = 100.0,
+          lr_discriminator: float = 1e-4, seed: int = 0,
           device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
           amp: Literal["auto", "bf16", "off"] = "auto", workers: int | None = None,
           save_minutes: float = 5.0) -> None:
     """Train a colorizer on a folder of photographs and save OUT/best_model.tar.
 
-    data: folder that holds train/ and (or a tenth of train is set aside) val/
-    out: folder for best_model.tar, last.tar, history.csv, curves.png, preview.png
+    data: holds train/ and val/ (or a tenth of train is set aside)
+    out: gets best_model.tar, last.tar, history.csv and pictures
     epochs: times that each photograph is seen
     batch_size: photographs a step, on each device
     lr: peak learning rate of fresh weights; 1e-3, or 2e-4 where there are none
     size: side in pixels of the square crops that the network sees, 64..256
     loss: objective; bins: classes of colour, gan: adversarial with l1
-    encoder: a network of torchvision: resnet18..152, vgg11..19(_bn), mobilenet_v2
-    decoder: unet: joins the encoder's features, plain: none, dense: also all earlier stages
+    encoder: torchvision's: resnet18..152, vgg11..19(_bn), mobilenet_v2
+    decoder: unet: encoder's features joined, plain: none, dense: all stages
     stages: the encoder ends at stride 8, 16 or 32
-    init: auto (the shipped checkpoint, else imagenet), imagenet, none, or a file
+    init: auto (shipped checkpoint, else imagenet), imagenet, none, file
     resume: auto or a last.tar: go on exactly where it stopped
     limit: use this many photographs
     final: train on train and val together, keep the last epoch
     freeze_encoder: train the decoder alone
-    freeze_bn: batch norms that keep their statistics; auto: those of a trained encoder
+    freeze_bn: whose batch norm keeps its statistics; auto: a trained encoder's
     encoder_lr: rate of an encoder that was trained before, as a share of lr
     decoder_lr: the same for the rest of the network
     weight_decay: AdamW's
-    ema: decay of the averaged weights, which are the ones saved
-    clip: largest norm of the gradient
     crop: train on random resized crops rather than whole squares
     film: make the input as films of other colour sensitivity saw it, with grain
     rebalance: bins: 1 none, towards 0 rare colours count more
-    temperature: bins: of the mean that makes the colour, kept in the checkpoint; as init's, or 1
+    temperature: bins: of the mean that makes the colour; else init's, or 1
     saturation: bins: factor on that mean, likewise
     chroma_weight: k: a pixel counts 1 + k chroma/110 times (mse, l1, huber, gan)
-    class_weight: weight of telling the scene's class (class folders) besides; 0.0033 is usual
+    class_weight: of telling the class (by folder) as well; 0.0033 is usual
     l1_weight: gan: weight of l1 beside the adversarial loss
     lr_discriminator: gan: its peak learning rate
     seed: of order, augmentation, initialization and noise
@@ -553,7 +561,8 @@ def train(*, data: Path = Path("data/input"), out: Path = Path("checkpoints"), e
     workers: processes that make batches; 0 on a CPU, up to 8 beside a GPU
     save_minutes: write last.tar this often within an epoch; 0: after each step
     """
-    settings = dict(locals())
+    settings = {name: str(value) if isinstance(value, Path) else value  # plain, for checkpoints
+                for name, value in locals().items()}
     check_settings(settings)
     device = choose_device(device)
     out = Path(out)
@@ -578,7 +587,7 @@ def train(*, data: Path = Path("data/input"), out: Path = Path("checkpoints"), e
             resumed = read_resumable(last, settings, manifests["train"]["fingerprint"])
         training = Training(settings, device, use_bf16(amp, device), manifests, resumed)
         if rank == 0:
-            say("settings: " + " ".join(f"--{k} {v}" for k, v in printable(settings).items()))
+            say("settings: " + " ".join(f"--{name} {value}" for name, value in settings.items()))
             say(f"{len(training.train_data)} photographs, {training.world} x {device}, "
                 f"{'bf16' if training.amp else 'float32'}, starting from {training.start}"
                 + f"; resumed {last} at step {training.step} of {training.total}" * bool(last))
@@ -587,5 +596,5 @@ def train(*, data: Path = Path("data/input"), out: Path = Path("checkpoints"), e
         if distributed.is_initialized():
             distributed.destroy_process_group()
     if rank == 0:
-        print(f"{out / 'best_model.tar'}: best {'epoch, the last' if final else 'validation loss'}"
-              f"{'' if final else f' {training.best:.4g}'}")
+        what = "the last epoch" if final else f"best validation loss {training.best:.4g}"
+        print(f"{out / 'best_model.tar'}: {what}")

@@ -20,10 +20,11 @@ from skimage.color import deltaE_ciede2000, rgb2lab
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from basic_model import ColorNet, load_checkpoint, read_tensors, save_checkpoint, use_bf16  # noqa: E402
+from basic_model import (PRETRAINED, ColorNet, load_checkpoint, read_tensors,  # noqa: E402
+                         save_checkpoint, use_bf16)
 from colorize_data import ColorizeData, build_array, decode_lab, find_photos, prepare  # noqa: E402
-from inference import (Controls, choose_colors, enlarger, guide_slope, lightness, predict,  # noqa: E402
-                       working_copy)
+from inference import (Controls, choose_colors, enlarger, guide_slope, lightness,  # noqa: E402
+                       predict, working_copy)
 from train import regression_loss, train  # noqa: E402
 
 SAMPLES = ROOT / "data" / "input"
@@ -42,6 +43,16 @@ def seconds(action, repeats: int = 3) -> float:
 
 def report(what: str, value: str, target: str) -> None:
     print(f"{what:<66} {value:>22}   {target}", flush=True)
+
+
+def ratio(ours: float, bare: float, digits: int = 1) -> str:
+    return f"{ours:.{digits}f}/{bare:.{digits}f} = {ours / bare:.2f}"
+
+
+def scaled_sample(mode: str, width: int, height: int) -> Image.Image:
+    """A sample photograph enlarged."""
+    sample = Image.open(SAMPLES / "val" / "mountain.jpg").convert(mode)
+    return sample.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def copied_samples(folder: Path, copies: int) -> Path:
@@ -80,7 +91,7 @@ def benchmark_loop(folder: Path) -> None:
     row = read_tensors(folder / "out" / "last.tar")["resume"]["history"][-1]
     bare = bare_rate(256, 16, use_bf16("auto", torch.device("cpu")), True)
     report("training loop over the bare network, 256 px, batch 16",
-           f"{row['images_per_second']:.1f}/{bare:.1f} = {row['images_per_second'] / bare:.2f}", "0.95")
+           ratio(row["images_per_second"], bare), "0.95")
     report("share of the time spent waiting for data", f"{row['waiting']:.1%}", "under 1 %")
 
 
@@ -92,20 +103,20 @@ def benchmark_data(folder: Path) -> None:
 
     def usual():  # decode, resize and convert each file each time
         for path in paths:
-            rgb = np.asarray(ImageOps.fit(Image.open(path).convert("RGB"), (256, 256), Image.Resampling.LANCZOS))
+            image = Image.open(path).convert("RGB")
+            rgb = np.asarray(ImageOps.fit(image, (256, 256), Image.Resampling.LANCZOS))
             torch.from_numpy(rgb2lab(rgb)).permute(2, 0, 1).float()
 
     def ours():
         for start in range(0, len(paths), 16):
             decode_lab(batches.__getitems__(range(start, min(start + 16, len(paths))))[0])
-    ours_rate, usual_rate = len(paths) / seconds(ours), len(paths) / seconds(usual)
     report("batches over decoding each file each time",
-           f"{ours_rate:.0f}/{usual_rate:.0f} = {ours_rate / usual_rate:.1f}", "30")
+           ratio(len(paths) / seconds(ours), len(paths) / seconds(usual), 0), "30")
 
 
 def benchmark_build(folder: Path) -> None:
     (folder / "build" / "train").mkdir(parents=True)
-    large = Image.open(SAMPLES / "val" / "mountain.jpg").resize((4000, 3000), Image.Resampling.BICUBIC)
+    large = scaled_sample("RGB", 4000, 3000)
     for i in range(12):
         large.save(folder / "build" / "train" / f"{i}.jpg", quality=92)
     paths = find_photos(folder / "build" / "train")
@@ -119,67 +130,55 @@ def benchmark_build(folder: Path) -> None:
     (folder / "build" / "processed").mkdir()
     array = folder / "build" / "processed" / "train.npy"
     ours = len(paths) / seconds(lambda: build_array(array, files, "x", threads))
-    report("building arrays over Pillow's bare decode, 12-megapixel JPEG",
-           f"{ours:.1f}/{bare:.1f} = {ours / bare:.2f}", "0.4")
+    report("building arrays over Pillow's bare decode, 12-megapixel JPEG", ratio(ours, bare), "0.4")
 
 
 def benchmark_inference(folder: Path) -> None:
-    model = ROOT / "checkpoints" / "pretrained.tar"
-    if not model.is_file():
-        save_checkpoint(folder / "model.tar", ColorNet(head="bins"))
-        model = folder / "model.tar"
-    large = Image.open(SAMPLES / "val" / "mountain.jpg").convert("L").resize((4000, 3000), Image.Resampling.BICUBIC)
-    large.save(folder / "large.jpg")
+    scaled_sample("L", 4000, 3000).save(folder / "large.jpg")
 
     def process(*arguments):
-        subprocess.run([sys.executable, *arguments], check=True, capture_output=True, cwd=folder)
+        start = time.perf_counter()
+        subprocess.run([sys.executable, *map(str, arguments)], check=True, capture_output=True,
+                       cwd=folder)
+        return time.perf_counter() - start
+    main = ROOT / "main.py", "inference", "--model", PRETRAINED, "--image"
     bare = seconds(lambda: process("-c", "import torch, torchvision"))
-    main = str(ROOT / "main.py"), "inference", "--model", str(model), "--output"
-    whole = seconds(lambda: process(*main, str(folder / "large.png"), "--image", str(folder / "large.jpg")))
-    jpeg = seconds(lambda: process(*main, str(folder / "out.jpg"), "--image", str(folder / "large.jpg")))
-    report("a 12-megapixel photograph to PNG, whole process, over importing torch",
-           f"{whole:.1f}/{bare:.1f} = {whole / bare:.1f}", "")
-    report("the same to JPEG", f"{jpeg:.1f}/{bare:.1f} = {jpeg / bare:.1f}", "")
+    for name, what in (("out.png", "a 12-megapixel photograph to PNG, whole process, over import"),
+                       ("out.jpg", "the same to JPEG")):
+        ours = seconds(lambda: process(*main, "large.jpg", "--output", name))
+        report(what, ratio(ours, bare), "")
 
     paths = find_photos(copied_samples(folder / "many", 2) / "train")
-    network, _ = load_checkpoint(model)
-    L = torch.rand(1, 1, 256, 384) * 100
+    (folder / "one").mkdir()
+    (folder / "one" / "x.jpg").write_bytes(paths[0].read_bytes())
+    network, L = load_checkpoint(PRETRAINED)[0], torch.rand(1, 1, 256, 384) * 100
     with torch.inference_mode():
         bare = 1 / seconds(lambda: network(L), 7)
-    start = time.perf_counter()
-    process(*main, str(folder / "coloured"), "--image", str(folder / "many" / "train"))
-    took = time.perf_counter() - start
-    empty = folder / "one"
-    empty.mkdir()
-    (empty / "x.jpg").write_bytes(paths[0].read_bytes())
-    start = time.perf_counter()
-    process(*main, str(folder / "coloured_one"), "--image", str(empty))
-    rate = (len(paths) - 1) / (took - (time.perf_counter() - start))
+    took = (process(*main, "many/train", "--output", "coloured")
+            - process(*main, "one", "--output", "coloured_one"))
     report("a folder's photographs/s over one pass of the bare network",
-           f"{rate:.1f}/{bare:.1f} = {rate / bare:.2f}", "0.5: the mirrored pass doubles it")
+           ratio((len(paths) - 1) / took, bare), "0.5: the mirrored pass doubles it")
 
 
 def benchmark_large(folder: Path) -> None:
-    """Seconds and peak memory (VmHWM) of a whole process on gray scans of 10, 100 and 200 megapixels."""
-    sample, model = Image.open(SAMPLES / "val" / "mountain.jpg").convert("L"), ROOT / "checkpoints" / "pretrained.tar"
-    code = ("import sys; sys.path.insert(0, sys.argv.pop(1)); import main; main.main(sys.argv[1:]); "
+    """Seconds and peak memory (VmHWM) of a whole process on large gray scans."""
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); import main; main.main(sys.argv[2:]); "
             "print([line for line in open('/proc/self/status') if 'VmHWM' in line][0].split()[1])")
     for megapixels in (10, 100, 200):
         height = int((megapixels * 1e6 / 2) ** 0.5)
-        sample.resize((2 * height, height), Image.Resampling.BICUBIC).save(folder / "scan.tif")
+        scaled_sample("L", 2 * height, height).save(folder / "scan.tif")
         start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code, str(ROOT), "inference", "--image", folder / "scan.tif",
-                               "--model", model, "--output", folder / "scan_color.tif"],
-                              check=True, capture_output=True, text=True)
-        took = time.perf_counter() - start
+        done = subprocess.run([sys.executable, "-c", code, ROOT, "inference", "--image", "scan.tif",
+                               "--model", PRETRAINED, "--output", "scan_color.tif"],
+                              check=True, capture_output=True, text=True, cwd=folder)
+        took, peak = time.perf_counter() - start, int(done.stdout.split()[-1]) / 1e6
         report(f"a gray scan of {megapixels} megapixels, TIFF to TIFF, whole process",
-               f"{took:.1f} s = {took / megapixels:.2f} s/MP", f"{int(done.stdout.split()[-1]) / 1e6:.2f} GB at most")
+               f"{took:.1f} s = {took / megapixels:.2f} s/MP", f"{peak:.2f} GB at most")
 
 
 def benchmark_bf16(folder: Path) -> None:
     plain, fast = bare_rate(256, 16, False, False), bare_rate(256, 16, True, True)
-    report("bf16 and channels_last over float32 contiguous, training step",
-           f"{fast:.1f}/{plain:.1f} = {fast / plain:.2f}", "")
+    report("bf16 and channels_last over float32 contiguous, training step", ratio(fast, plain), "")
 
 
 # ------------------------------------------------------- bringing ab to full resolution
@@ -187,8 +186,8 @@ def benchmark_bf16(folder: Path) -> None:
 def resized(plane: np.ndarray, shape, method) -> np.ndarray:
     """(h, w, ...) to the shape (H, W), plane by plane."""
     planes = np.moveaxis(plane.reshape(*plane.shape[:2], -1), -1, 0)
-    out = [np.asarray(Image.fromarray(np.ascontiguousarray(p, np.float32)).resize(shape[::-1], method))
-           for p in planes]
+    images = [Image.fromarray(np.ascontiguousarray(p, np.float32)) for p in planes]
+    out = [np.asarray(image.resize(shape[::-1], method)) for image in images]
     return np.stack(out, axis=-1).reshape(*shape, *plane.shape[2:])
 
 
@@ -201,7 +200,7 @@ def guided(ab, small, L):
 
 
 def joint_bilateral(ab, small, L):
-    """Joint bilateral upsampling (Kopf et al. 2007): 5x5 neighbours by distance and by likeness of L."""
+    """Joint bilateral upsampling (Kopf et al. 2007): 5x5 neighbours, by distance and L."""
     y, x = ((np.arange(n) + 0.5) * m / n - 0.5 for n, m in zip(L.shape, small.shape))
     total, weights = 0.0, 0.0
     for dy in range(-2, 3):
@@ -209,7 +208,8 @@ def joint_bilateral(ab, small, L):
             j = np.clip(np.rint(y).astype(int) + dy, 0, small.shape[0] - 1)
             i = np.clip(np.rint(x).astype(int) + dx, 0, small.shape[1] - 1)
             near = np.exp(-((j - y)[:, None] ** 2 + (i - x)[None] ** 2) / 2)
-            weight = (near * np.exp(-(small[np.ix_(j, i)] - L) ** 2 / (2 * 5.0 ** 2)) + 1e-9)[..., None]
+            alike = np.exp(-(small[np.ix_(j, i)] - L) ** 2 / (2 * 5.0 ** 2))
+            weight = (near * alike + 1e-9)[..., None]
             total, weights = total + weight * ab[np.ix_(j, i)], weights + weight
     return total / weights
 
@@ -219,13 +219,13 @@ def edge_aware(ab, small, L):
 
 
 def benchmark_edges(folder: Path) -> None:
-    """Mean CIEDE2000 over the sample validation photographs of ab brought back to full resolution."""
+    """Mean CIEDE2000 over the sample validation photographs of ab brought back to full size."""
     methods = {"bilinear": lambda ab, small, L: resized(ab, L.shape, Image.Resampling.BILINEAR),
                "bicubic": lambda ab, small, L: resized(ab, L.shape, Image.Resampling.BICUBIC),
                "guided filter": guided, "joint bilateral": joint_bilateral, "ours": edge_aware}
-    model, errors = load_checkpoint(ROOT / "checkpoints" / "pretrained.tar")[0], {}
+    model, errors = load_checkpoint(PRETRAINED)[0], {}
     for path in find_photos(SAMPLES / "val"):
-        image = Image.open(path).convert("RGB").reduce(2)  # JPEG stores colour at half the resolution
+        image = Image.open(path).convert("RGB").reduce(2)  # JPEG stores colour at half the size
         lab = rgb2lab(np.asarray(image)).astype(np.float32)
         for kind, factors in (("true", (2, 4, 8, 16)), ("predicted", (2, 4))):
             for factor in factors:
@@ -235,16 +235,17 @@ def benchmark_edges(folder: Path) -> None:
                     ab = choose_colors(model, predict(model, small[None])[0], small, Controls())[0]
                 for name, method in methods.items():
                     made = np.concatenate([lab[..., :1], method(ab, small, lab[..., 0])], axis=-1)
-                    errors.setdefault((name, f"{kind} x{factor}"), []).append(deltaE_ciede2000(lab, made).mean())
-    columns = list(dict.fromkeys(column for _, column in errors))
-    print(f"{'CIEDE2000, ab reduced by':<26}" + "".join(f"{column:>15}" for column in columns))
+                    error = deltaE_ciede2000(lab, made).mean()
+                    errors.setdefault(f"{kind} x{factor}", {}).setdefault(name, []).append(error)
+    print(f"{'CIEDE2000, ab reduced by':<26}" + "".join(f"{column:>15}" for column in errors))
     for name in methods:
-        print(f"{name:<26}" + "".join(f"{np.mean(errors[name, column]):>15.2f}" for column in columns))
+        cells = (f"{np.mean(column[name]):>15.2f}" for column in errors.values())
+        print(f"{name:<26}" + "".join(cells))
 
 
 def benchmark_mirror(folder: Path) -> None:
     """What averaging with the mirrored photograph's prediction gains, and what it costs."""
-    model, errors = load_checkpoint(ROOT / "checkpoints" / "pretrained.tar")[0], {False: [], True: []}
+    model, errors = load_checkpoint(PRETRAINED)[0], {False: [], True: []}
     for path in find_photos(SAMPLES / "val"):
         lab = rgb2lab(np.asarray(Image.open(path).convert("RGB").reduce(2))).astype(np.float32)
         small = np.ascontiguousarray(lab[..., 0])
@@ -258,7 +259,8 @@ def benchmark_mirror(folder: Path) -> None:
     with torch.inference_mode():
         cost = seconds(lambda: model(L.expand(2, -1, -1, -1)), 7) / seconds(lambda: model(L), 7)
     report("CIEDE2000 alone and averaged with the mirrored photograph's",
-           f"{np.mean(errors[False]):.2f}, {np.mean(errors[True]):.2f}", f"at {cost:.1f} times the network's time")
+           f"{np.mean(errors[False]):.2f}, {np.mean(errors[True]):.2f}",
+           f"at {cost:.1f} times the network's time")
 
 
 if __name__ == "__main__":

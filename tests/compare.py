@@ -2,23 +2,24 @@
 
     python tests/compare.py DATA INIT OUT [STEPS]
 
-DATA: a folder with train/CLASS/ (some 10,000 photographs) and val/. INIT: an encoder's state dict or a
-checkpoint. OUT: where checkpoints and objectives.png (the sample photographs, a row an objective) go. A
-setting whose checkpoint is there is not trained again.
+DATA: a folder with train/CLASS/ (some 10,000 photographs) and val/. INIT: an encoder's state dict
+or a checkpoint. OUT: where checkpoints and objectives.png (the sample photographs, a row an
+objective) go. A setting whose checkpoint is there is not trained again.
 """
 
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from basic_model import load_checkpoint  # noqa: E402
-from colorize_data import (ColorizeData, decode_lab, find_photos, lab_to_rgb, picture_sheet,  # noqa: E402
-                           read_photo, to_8_bit)
-from evaluate import score, summarize  # noqa: E402
+from colorize_data import (ColorizeData, decode_lab, find_photos,  # noqa: E402
+                           picture_sheet, read_photo)
+from evaluate import picture_of, score, summarize  # noqa: E402
 from inference import colorize, working_copy  # noqa: E402
 from train import train  # noqa: E402
 
@@ -42,35 +43,37 @@ def scores(model, val: ColorizeData, temperature: float | None) -> dict:
         stored, _ = val.__getitems__([n])
         lab = decode_lab(stored)
         ab = model.predict(lab[:, :1], temperature)
-        made, true = (to_8_bit(lab_to_rgb(x[0].permute(1, 2, 0).numpy()))
-                      for x in (torch.cat([lab[:, :1], ab], dim=1), lab))
+        made, true = (np.asarray(picture_of(lab[0, 0].numpy(), x[0].permute(1, 2, 0).numpy()))
+                      for x in (ab, lab[:, 1:]))
         rows.append(score(made, true))
     return summarize(rows)
 
 
 def main(data: str, init: str, out: str, steps: str = "1000") -> None:
     limit = int(steps) * BATCH // 3  # three epochs
-    print("| setting | parameters, M | photographs/s | PSNR | CIEDE2000 | colourfulness of the truth's |")
+    print("| setting | parameters, M | photographs/s | PSNR | CIEDE2000 | colour of the truth's |")
     print("|---|---|---|---|---|---|")
-    tiles, captions, val = [], [], ColorizeData([Path(data, "processed", "val.npy")], size=SIZE, limit=SCORED)
-    samples = [working_copy(read_photo(path).image, 192) for path in find_photos(ROOT / "data" / "input" / "val")]
+    val = ColorizeData([Path(data, "processed", "val.npy")], size=SIZE, limit=SCORED)
+    samples = [working_copy(read_photo(path).image, 192)
+               for path in find_photos(ROOT / "data" / "input" / "val")]
+    tiles, captions, blank = [], [], [""] * (len(samples) - 1)
     for name, flags in RUNS.items():
         folder = Path(out, name.replace(", ", "_").replace(" ", ""))
         if not (folder / "best_model.tar").exists():
-            train(data=Path(data), out=folder, **{"epochs": 3, "batch_size": BATCH, "size": SIZE, "init": init,
-                                                  "limit": limit} | flags)
+            train(data=Path(data), out=folder, epochs=3, batch_size=BATCH, size=SIZE, init=init,
+                  limit=limit, **flags)
         model, contents = load_checkpoint(folder / "best_model.tar")
         rate = contents["training"]["scores"]["images_per_second"]
         size = sum(p.numel() for p in model.parameters()) / 1e6
         for temperature in (1.0, 0.5, 0.25) if model.arguments["head"] == "bins" else (None,):
             found = scores(model, val, temperature)
             label = name + (f", T {temperature}" if temperature else "")
-            cells = [f"{found[k][0]:.2f} ± {found[k][1]:.2f}" for k in ("psnr", "ciede2000", "ratio")]
+            cells = ["{:.2f} ± {:.2f}".format(*found[k]) for k in ("psnr", "ciede2000", "ratio")]
             print(f"| {label} | {size:.1f} | {rate:.0f} | " + " | ".join(cells) + " |", flush=True)
         if "seed" not in name:
             tiles += [colorize(model, sample, SIZE) for sample in samples]
-            captions += [name] + [""] * (len(samples) - 1)
-    sheet = picture_sheet(tiles + samples, len(samples), captions + ["truth"] + [""] * (len(samples) - 1), 120)
+            captions += [name, *blank]
+    sheet = picture_sheet(tiles + samples, len(samples), captions + ["truth", *blank], 120)
     sheet.save(Path(out, "objectives.png"))
 
 

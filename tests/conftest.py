@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.pop("COLORIZE_TRACEBACK", None)
 
-from basic_model import ColorNet, color_bins, save_checkpoint  # noqa: E402
+from basic_model import ColorNet, save_checkpoint  # noqa: E402
 from colorize_data import lab_to_rgb, to_8_bit  # noqa: E402
 
 
@@ -33,22 +33,21 @@ def photos(tmp_path_factory) -> Path:
     """A data folder: 8 photographs in train in two class folders, 4 in val."""
     folder = tmp_path_factory.mktemp("photos")
     for i in range(12):
-        path = folder / ("train" if i < 8 else "val") / ("round" if i % 2 else "square") / f"{i}.png"
+        split, kind = "train" if i < 8 else "val", "round" if i % 2 else "square"
+        path = folder / split / kind / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         made_photo(i).save(path)
     return folder
 
 
 def make_checkpoint(path: Path, head: str) -> Path:
-    """A small network with colourful, seeded random weights: resnet18 to stride 8, head ab or bins."""
+    """A small network with colourful, seeded random weights: resnet18 to stride 8."""
     torch.manual_seed(1)
-    bins = color_bins()
-    model = ColorNet(stages=2, head=head, colors={"bins": bins, "prior": torch.full((len(bins),), 1 / len(bins)),
-                                                  "temperature": 1.0, "saturation": 1.0})
+    model = ColorNet(stages=2, head=head)
     with torch.no_grad():
         model.head.weight.mul_(30)
         if head == "bins":  # likely colours near gray, as in photographs
-            model.head.bias.copy_(-bins.norm(dim=1) / 15)
+            model.head.bias.copy_(-model.bins.norm(dim=1) / 15)
     save_checkpoint(path, model.eval(), mean_ab=torch.zeros(101, 2), classes=[], training={})
     return path
 

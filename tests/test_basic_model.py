@@ -1,6 +1,7 @@
 """The network, its colours and its checkpoints."""
 
 import functools
+import itertools
 import urllib.error
 
 import numpy as np
@@ -10,8 +11,9 @@ import torchvision
 from skimage.color import rgb2lab
 
 import basic_model
-from basic_model import (ColorNet, Discriminator, annealed_mean, color_bins, encoder_levels, initialize,
-                         load_checkpoint, rarity_weights, read_tensors, save_checkpoint, soft_encode)
+from basic_model import (ColorNet, Discriminator, annealed_mean, color_bins, encoder_levels,
+                         initialize, load_checkpoint, rarity_weights, read_tensors,
+                         save_checkpoint, soft_encode)
 from colorize_data import ColorizeError, in_gamut
 
 
@@ -34,7 +36,7 @@ def test_any_size_gives_ab_at_its_resolution_and_bins_at_a_quarter(encoder, heig
 
 
 @pytest.mark.parametrize("encoder, decoder, head", [
-    *[("resnet18", decoder, head) for decoder in ("unet", "plain", "dense") for head in ("ab", "bins")],
+    *itertools.product(["resnet18"], ["unet", "plain", "dense"], ["ab", "bins"]),
     ("vgg16_bn", "unet", "ab"), ("resnet50", "unet", "bins"), ("mobilenet_v2", "dense", "ab")])
 def test_every_parameter_gets_a_gradient(encoder, decoder, head):
     model = ColorNet(encoder, decoder, head, classes=3)
@@ -51,7 +53,7 @@ def test_levels_of_resnet18_are_its_last_nodes_before_each_stride():
     levels = encoder_levels(torchvision.models.resnet18(), 4)
     assert [(channels, stride) for _, channels, stride in levels] == [
         (64, 2), (64, 4), (128, 8), (256, 16), (512, 32)]
-    assert [node for node, _, _ in levels][2:] == ["layer2.1.relu_1", "layer3.1.relu_1", "layer4.1.relu_1"]
+    assert [node for node, _, _ in levels][2:] == [f"layer{n}.1.relu_1" for n in (2, 3, 4)]
 
 
 @pytest.mark.parametrize("stages, stride", [(2, 8), (3, 16), (4, 32)])
@@ -118,18 +120,23 @@ def test_a_saved_network_predicts_the_same(head, tmp_path):
     loaded, contents = load_checkpoint(tmp_path / "x.tar")
     L = torch.rand(1, 1, 40, 56) * 100
     with torch.no_grad():
-        assert (loaded.predict(L) - model.predict(L)).abs().max() < 1.0  # half precision, ab up to 100
+        difference = (loaded.predict(L) - model.predict(L)).abs().max()
+    assert difference < 1.0  # half precision, ab up to 100
     assert contents["classes"] == ["a", "b"] and contents["format"] == 1
     kinds = {name: w.dtype for name, w in contents["weights"].items()}
-    assert kinds["head.weight"] == torch.float16 and kinds["bottleneck.1.running_var"] == torch.float32
+    assert kinds["head.weight"] == torch.float16
+    assert kinds["bottleneck.1.running_var"] == torch.float32
     assert [path.name for path in tmp_path.iterdir()] == ["x.tar"]
+
+
+MODEL = {"encoder": "resnet18", "decoder": "unet", "head": "bins", "stages": 2, "classes": 0}
 
 
 @pytest.mark.parametrize("change, said", [
     ({"format": 2}, "format is 2"), ({"model": {}}, "'model'"), ({"weights": [1]}, "'weights'"),
     ({"colors": {}}, "'colors'"), ({"mean_ab": torch.zeros(3)}, "'mean_ab'"),
-    ({"model": {"encoder": "resnet18", "decoder": "unet", "head": "bins", "stages": 9, "classes": 0}}, "out of range"),
-    ({"model": {"encoder": "resnet18", "decoder": "plain", "head": "bins", "stages": 2, "classes": 0}}, "blocks")])
+    ({"model": MODEL | {"stages": 9}}, "out of range"),
+    ({"model": MODEL | {"decoder": "plain"}}, "blocks")])
 def test_what_is_wrong_with_a_checkpoint_is_said_in_a_line(change, said, checkpoints, tmp_path):
     torch.save(read_tensors(checkpoints["bins"]) | change, tmp_path / "bad.tar")
     with pytest.raises(ColorizeError, match=said) as error:
@@ -154,9 +161,11 @@ def test_initializing_takes_what_matches(checkpoints, tmp_path, monkeypatch):
     assert torch.equal(model.blocks[0][0].weight, source.blocks[0][0].weight)
 
     encoder = torchvision.models.resnet18().state_dict()
-    torch.save({k: v.half() if v.ndim > 1 else v for k, v in encoder.items()}, tmp_path / "encoder.pth")
+    halved = {name: w.half() if w.ndim > 1 else w for name, w in encoder.items()}
+    torch.save(halved, tmp_path / "encoder.pth")
     assert "encoder.conv1.weight" in initialize(model, str(tmp_path / "encoder.pth"))[1]
-    assert torch.equal(model.encoder.state_dict()["conv1.weight"], encoder["conv1.weight"].half().float())
+    taken = model.encoder.state_dict()["conv1.weight"]
+    assert torch.equal(taken, encoder["conv1.weight"].half().float())
 
     torch.save({"other": torch.zeros(2)}, tmp_path / "other.pth")
     with pytest.raises(ColorizeError, match="none of its tensors"):

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from PIL import ExifTags, Image, ImageCms, ImageFilter, PngImagePlugin
 from skimage import color
 
 import colorize_data
-from colorize_data import (SIDE, ColorizeData, ColorizeError, Photo, as_is, class_names, decode_lab,
+from colorize_data import (SIDE, ColorizeData, ColorizeError, Photo, class_names, decode_lab,
                            encode_lab, find_photos, gray_to_L, in_gamut, into_gamut, lab_to_rgb,
                            prepare, read_photo, rgb_to_lab, write_photo)
 from conftest import made_photo
@@ -351,7 +352,8 @@ def test_nothing_to_learn_from_and_a_disk_too_small_are_named(tmp_path, monkeypa
     with pytest.raises(ColorizeError, match=f"{tmp_path / 'train'}.*1 without col.*1 unreadable"):
         prepare(tmp_path, val_fraction=1e-9)
     made_photo(1).save(tmp_path / "train" / "y.png")
-    monkeypatch.setattr(colorize_data, "free_space", lambda folder: 3 * SIDE * SIDE * 3 - 1)
+    free = SimpleNamespace(free=3 * SIDE * SIDE * 3 - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: free)
     with pytest.raises(ColorizeError, match="make room"):
         prepare(tmp_path)
 
@@ -389,7 +391,7 @@ def test_batches_are_a_pure_function_of_seed_and_number(arrays, film):
         return ColorizeData(arrays, np.arange(12), size=96, train=True, film=film, seed=seed)
     lab, labels = data(7).__getitems__(range(20))
     assert lab.shape == (20, 3, 96, 96) and lab.dtype == torch.uint8
-    loader = torch.utils.data.DataLoader(data(7), collate_fn=as_is, num_workers=2,
+    loader = torch.utils.data.DataLoader(data(7), collate_fn=tuple, num_workers=2,
                                          batch_sampler=[range(8), range(8, 20)])
     assert all(map(torch.equal, map(torch.cat, zip(*loader)), [lab, labels]))
     late = pickle.loads(pickle.dumps(data(7)))

@@ -9,6 +9,7 @@ import shutil
 import tarfile
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -353,7 +354,7 @@ def test_a_damaged_archive_is_one_line(tmp_path, kind):
 
 def test_an_archive_larger_than_the_disk_is_refused(tmp_path, monkeypatch):
     source = pack(make_set(tmp_path / "flowers", FLOWERS), "zip")
-    monkeypatch.setattr(evaluate, "free_space", lambda folder: 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(ColorizeError, match="free"):
         evaluate.import_photos(source, tmp_path / "data", 0.1)
     assert files(tmp_path / "data") == []
@@ -385,7 +386,7 @@ def test_curves_are_a_picture_of_panels_two_a_row(tmp_path, rows, panels):
 
 def test_history_is_a_row_an_epoch(tmp_path):
     history = [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": 0.25, "psnr": 20.0}]
-    evaluate.write_history(tmp_path / "history.csv", history)
+    evaluate.write_csv(tmp_path / "history.csv", history)
     rows = list(csv.DictReader(open(tmp_path / "history.csv", newline="")))
     assert rows == [{"epoch": "1", "loss": "0.5", "psnr": ""},
                     {"epoch": "2", "loss": "0.25", "psnr": "20.0"}]

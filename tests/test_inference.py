@@ -20,7 +20,7 @@ from skimage.io import imread
 
 import inference
 from basic_model import load_checkpoint, tilt
-from colorize_data import ColorizeError, FlagError, rgb_to_lab
+from colorize_data import ColorizeError, FlagError
 from inference import MOODS, colorize, read_controls
 
 HEADS = ("ab", "bins")
@@ -505,6 +505,13 @@ def test_the_sheet_has_a_tile_for_every_mood(run, checkpoints, tmp_path, head, t
     run(tmp_path / "a.png", tmp_path, sheet=True, model=str(checkpoints[head]))
     assert tiles == 1 + len(MOODS) + 3 * (head == "bins")
     assert Image.open(tmp_path / "a_sheet.png").size == (4 * 292 + 4, 3 * 308 + 4)
+
+
+@pytest.mark.parametrize("flags", [{"mood": "warm"}, {"saturation": 2.0}, {"compare": True}])
+def test_a_sheet_shows_every_mood_and_takes_no_other(run, tmp_path, flags):
+    gray_photo().save(tmp_path / "a.png")
+    with pytest.raises(FlagError, match="--sheet"):
+        run(tmp_path / "a.png", tmp_path, sheet=True, **flags)
 
 
 def test_a_mood_says_what_was_asked_and_achieved(run, tmp_path, capsys):

@@ -31,7 +31,8 @@ def run(photos, out, **flags):
 
 
 def same_weights(one: dict, other: dict) -> bool:
-    return all(torch.equal(w, other["resume"]["weights"][k]) for k, w in one["resume"]["weights"].items())
+    weights, others = one["resume"]["weights"], other["resume"]["weights"]
+    return all(torch.equal(w, others[name]) for name, w in weights.items())
 
 
 # -------------------------------------------------------------------------------- objectives
@@ -66,7 +67,8 @@ def test_bins_loss_is_the_cross_entropy_against_the_soft_encoding():
 
 def test_photographs_without_a_class_do_not_count_for_the_classes():
     scenes = torch.tensor([[2.0, 0.0], [0.0, 5.0]])
-    assert scene_loss(scenes, torch.tensor([0, -1])).item() == pytest.approx(math.log(1 + math.exp(-2)))
+    expected = math.log(1 + math.exp(-2))
+    assert scene_loss(scenes, torch.tensor([0, -1])).item() == pytest.approx(expected)
     assert scene_loss(scenes, torch.tensor([-1, -1])).item() == 0
 
 
@@ -80,7 +82,8 @@ def test_color_statistics_are_counts(photos):
     assert (prior[:, None] * color_bins()).sum(dim=0).numpy() == pytest.approx(mean, abs=1.0)
     L = np.rint(stored[:, 0] / 2.55).astype(int)
     for value in (40, 60):
-        assert mean_ab[value].numpy() == pytest.approx(stored[L == value, 1:].mean(axis=0) - 128, abs=0.5)
+        expected = stored[L == value, 1:].mean(axis=0) - 128
+        assert mean_ab[value].numpy() == pytest.approx(expected, abs=0.5)
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():
@@ -92,12 +95,14 @@ def test_learning_rate_warms_up_and_falls_to_zero():
 def test_ema_follows_fast_at_first_and_buffers_are_copied():
     averaged, expected = [torch.tensor([1.0])], 1.0
     for t in range(5):
-        ema_update(0.999, averaged, [torch.tensor([2.0 + t])], t)
+        ema_update(averaged, [torch.tensor([2.0 + t])], t)
         decay = (1 + t) / (10 + t)
         expected = decay * expected + (1 - decay) * (2.0 + t)
         assert averaged[0].item() == pytest.approx(expected)
+    ema_update(averaged, [torch.tensor([expected + 100])], 10 ** 6)
+    assert averaged[0].item() == pytest.approx(expected + 0.1, abs=1e-3)
     network = torch.nn.BatchNorm2d(2)
-    average = torch.optim.swa_utils.AveragedModel(network, multi_avg_fn=lambda a, c, n: ema_update(0.9, a, c, n))
+    average = torch.optim.swa_utils.AveragedModel(network, multi_avg_fn=ema_update)
     for _ in range(3):
         network(torch.randn(4, 2, 3, 3) + 5)
         average.update_parameters(network)
@@ -107,7 +112,8 @@ def test_ema_follows_fast_at_first_and_buffers_are_copied():
 # ----------------------------------------------------------------------------------- the loop
 
 @pytest.mark.parametrize("loss", ["mse", "l1", "huber", "bins", "gan"])
-def test_each_objective_lowers_its_own_loss_and_its_checkpoint_colours(loss, photos, tmp_path, checkpoints):
+def test_each_objective_lowers_its_own_loss_and_its_checkpoint_colours(loss, photos, tmp_path,
+                                                                       checkpoints):
     history = run(photos, tmp_path, loss=loss, epochs=6, limit=4, batch_size=4, lr=3e-3, crop=False,
                   init=str(checkpoints["ab"]), class_weight=0.1)["resume"]["history"]
     assert history[-1]["loss"] < history[0]["loss"]
@@ -118,9 +124,8 @@ def test_each_objective_lowers_its_own_loss_and_its_checkpoint_colours(loss, pho
 
 
 def test_four_photographs_are_learnt_by_heart(photos, tmp_path):
-    train(data=photos, out=tmp_path, **TINY | {"epochs": 40, "limit": 4, "batch_size": 4, "crop": False,
-                                               "lr": 5e-3, "ema": 0.9})
-    history = read_tensors(tmp_path / "last.tar")["resume"]["history"]
+    history = run(photos, tmp_path, epochs=40, limit=4, batch_size=4, crop=False,
+                  lr=5e-3)["resume"]["history"]
     assert history[0]["loss"] > 300 and history[-1]["loss"] < 100  # mean squared error in ab units
 
 
@@ -133,8 +138,10 @@ def test_a_run_writes_what_it_promises_and_best_is_a_copy(photos, tmp_path, caps
     assert contents["resume"]["best"] == min(row["val_loss"] for row in history)
     best = read_tensors(tmp_path / "best_model.tar")["training"]
     assert best["scores"]["val_loss"] == contents["resume"]["best"]
-    assert {"epoch", "step", "lr", "loss", "val_loss", "mse", "distance", "psnr", "colorfulness"} <= set(history[0])
-    assert history[0]["val_loss"] == pytest.approx(history[0]["mse"], rel=0.02)  # both ab units squared
+    assert {"epoch", "step", "lr", "loss", "val_loss", "mse", "distance", "psnr",
+            "colorfulness"} <= set(history[0])
+    # both in ab units squared
+    assert history[0]["val_loss"] == pytest.approx(history[0]["mse"], rel=0.02)
     assert Image.open(tmp_path / "preview.png").size == (6 * 164 + 4, 2 * 180 + 4)
     assert contents["training"]["settings"]["epochs"] == 3 and contents["training"]["step"] == 9
     assert "best_model.tar" in capsys.readouterr().out
@@ -151,12 +158,12 @@ def test_best_is_not_the_last_when_it_gets_worse(photos, tmp_path, monkeypatch):
 def test_final_trains_on_all_and_keeps_the_last(photos, tmp_path):
     contents = run(photos, tmp_path, final=True)
     assert contents["training"]["photographs"] == 12
-    assert read_tensors(tmp_path / "best_model.tar")["training"]["step"] == contents["training"]["step"]
+    best = read_tensors(tmp_path / "best_model.tar")
+    assert best["training"]["step"] == contents["training"]["step"]
 
 
 def made_training(photos, tmp_path, **flags):
-    settings = {name: p.default for name, p in __import__("inspect").signature(train).parameters.items()}
-    settings |= TINY | {"data": photos, "out": tmp_path, "workers": 0} | flags
+    settings = train.__kwdefaults__ | TINY | {"data": photos, "out": tmp_path, "workers": 0} | flags
     training = Training(settings, torch.device("cpu"), False, prepare(photos))
     training.train_mode()
     return training
@@ -171,7 +178,8 @@ def test_adversarial_steps_leave_the_other_network_alone(photos, tmp_path, check
     judge = {k: v.clone() for k, v in training.discriminator.named_parameters()}
     training.d_optimizer.zero_grad()
     training.fooling_loss(lab[:, :1], training.model(lab[:, :1])).backward()
-    assert all(torch.equal(v, judge[k]) and v.grad is None for k, v in training.discriminator.named_parameters())
+    assert all(torch.equal(v, judge[k]) and v.grad is None
+               for k, v in training.discriminator.named_parameters())
     assert any(p.grad.any() for p in training.model.parameters())
 
 
@@ -193,14 +201,16 @@ def test_what_is_frozen_stays(flags, frozen, still, photos, tmp_path):
 
 
 def test_fresh_weights_learn_fast_and_trained_ones_slowly(photos, tmp_path, checkpoints):
-    training = made_training(photos, tmp_path, init=str(checkpoints["ab"]), loss="bins", encoder_lr=0.1,
-                             decoder_lr=0.2)
+    training = made_training(photos, tmp_path, init=str(checkpoints["ab"]), loss="bins",
+                             encoder_lr=0.1, decoder_lr=0.2)
     scales = {id(p): g["scale"] for g in training.optimizer.param_groups for p in g["params"]}
     found = {name: scales[id(p)] for name, p in training.model.named_parameters()}
-    assert (found["encoder.conv1.weight"], found["blocks.0.0.weight"], found["head.weight"]) == (0.1, 0.2, 1.0)
+    expected = {"encoder.conv1.weight": 0.1, "blocks.0.0.weight": 0.2, "head.weight": 1.0}
+    assert {name: found[name] for name in expected} == expected
 
 
-def test_a_regression_from_a_bins_checkpoint_fits_its_mean_and_keeps_its_colours(photos, tmp_path, checkpoints):
+def test_a_regression_from_a_bins_checkpoint_fits_its_mean_and_keeps_its_colours(photos, tmp_path,
+                                                                                 checkpoints):
     contents = run(photos, tmp_path, init=str(checkpoints["bins"]), epochs=1)
     assert contents["model"]["head"] == "bins" and contents["training"]["settings"]["lr"] == 2e-4
     before = read_tensors(checkpoints["bins"])
@@ -281,18 +291,21 @@ def test_a_model_is_no_training_to_resume(photos, tmp_path, checkpoints):
 
 def poison(monkeypatch, rows):
     """The photographs in the given rows of the array become NaN."""
-    sample = ColorizeData.sample
+    sample = ColorizeData.__getitem__
 
     def poisoned(self, n):
         lab, label = sample(self, n)
-        return (lab.float() * float("nan") if self.train and self.row(n) in rows else lab.float()), label
-    monkeypatch.setattr(ColorizeData, "sample", poisoned)
+        bad = self.train and self.row(n) in rows
+        return lab.float() * (float("nan") if bad else 1), label
+    monkeypatch.setattr(ColorizeData, "__getitem__", poisoned)
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_harms_nothing(photos, tmp_path, monkeypatch, capsys):
+def test_a_step_that_is_not_finite_is_skipped_and_harms_nothing(photos, tmp_path, monkeypatch,
+                                                                capsys):
     poison(monkeypatch, {5})
     contents = run(photos, tmp_path)
-    assert contents["resume"]["skipped"] == 2 and capsys.readouterr().err.count("not finite; skipped") == 2
+    assert contents["resume"]["skipped"] == 2
+    assert capsys.readouterr().err.count("not finite; skipped") == 2
     assert all(w.isfinite().all() for w in contents["resume"]["weights"].values())
     assert math.isfinite(contents["resume"]["history"][-1]["val_loss"])
 
@@ -305,7 +318,8 @@ def test_ten_bad_steps_in_a_row_end_the_run_with_advice(photos, tmp_path, monkey
     assert same_weights(good, read_tensors(tmp_path / "last.tar"))
 
 
-def test_a_full_disk_leaves_the_previous_checkpoint_and_the_run_goes_on(photos, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_leaves_the_previous_checkpoint_and_the_run_goes_on(photos, tmp_path,
+                                                                        monkeypatch, capsys):
     run(photos, tmp_path, epochs=1)
     before = (tmp_path / "best_model.tar").read_bytes()
 
@@ -329,10 +343,11 @@ def test_out_of_memory_names_a_batch_size(photos, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, said", [
-    ({"epochs": 0}, "--epochs 0"), ({"batch_size": -1}, "--batch_size"), ({"size": 300}, "--size 300"),
+    ({"epochs": 0}, "--epochs 0"), ({"batch_size": -1}, "--batch_size"),
+    ({"size": 300}, "--size 300: must be 64..256"), ({"workers": -1}, "--workers"),
     ({"rebalance": 2.0}, "--rebalance"), ({"temperature": 0.0}, "--temperature"),
-    ({"temperature": 0.5}, "--loss bins"), ({"loss": "bins", "chroma_weight": 1.0}, "--chroma_weight"),
-    ({"loss": "gan"}, "--init PATH"), ({"limit": 0}, "--limit"), ({"lr": -1.0}, "--lr")])
+    ({"temperature": 0.5}, "--loss bins"), ({"limit": 0}, "--limit"), ({"lr": -1.0}, "--lr"),
+    ({"loss": "bins", "chroma_weight": 1.0}, "--chroma_weight"), ({"loss": "gan"}, "--init PATH")])
 def test_settings_that_make_no_sense_are_named(flags, said, photos, tmp_path):
     with pytest.raises(FlagError, match=said):
         run(photos, tmp_path, **flags)
@@ -355,18 +370,24 @@ def test_a_cuda_that_is_not_there_is_said(photos, tmp_path):
 
 def command(photos, out, *flags, launcher=()):
     """The command line of a small training."""
-    return [sys.executable, *launcher, str(ROOT / "main.py"), "train", "--data", str(photos), "--out", str(out),
-            "--size", "64", "--stages", "2", "--init", "none", "--device", "cpu", "--batch_size", "3", *flags]
+    return [sys.executable, *launcher, str(ROOT / "main.py"), "train", "--data", str(photos),
+            "--out", str(out), "--size", "64", "--stages", "2", "--init", "none",
+            "--device", "cpu", "--batch_size", "3", *flags]
 
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def finish(line) -> None:
+    """Run a command line to its end."""
+    subprocess.run(line, env=ONE_THREAD, check=True, capture_output=True, timeout=120)
 
 
 def test_kill_9_at_any_moment_leaves_checkpoints_that_load_and_go_on(photos, tmp_path):
     """COLORIZE_KILLS=50 for more; the resumed run's weights equal an uninterrupted one's."""
     prepare(photos)
     flags = ["--epochs", "8", "--save_minutes", "0"]
-    subprocess.run(command(photos, tmp_path / "whole", *flags), env=ONE_THREAD, check=True, capture_output=True)
+    finish(command(photos, tmp_path / "whole", *flags))
     cut, moments = tmp_path / "cut", random.Random(0)
     for _ in range(int(os.environ.get("COLORIZE_KILLS", 5))):
         process = subprocess.Popen(command(photos, cut, *flags, "--resume", "auto"), env=ONE_THREAD,
@@ -379,8 +400,9 @@ def test_kill_9_at_any_moment_leaves_checkpoints_that_load_and_go_on(photos, tmp
         process.wait()
         for path in cut.glob("*.tar"):
             read_tensors(path)
-    subprocess.run(command(photos, cut, *flags, "--resume", "auto"), env=ONE_THREAD, check=True, capture_output=True)
-    assert same_weights(*(read_tensors(folder / "last.tar") for folder in (tmp_path / "whole", cut)))
+    finish(command(photos, cut, *flags, "--resume", "auto"))
+    whole = read_tensors(tmp_path / "whole" / "last.tar")
+    assert same_weights(whole, read_tensors(cut / "last.tar"))
     load_checkpoint(cut / "best_model.tar")
 
 
@@ -393,7 +415,7 @@ def test_two_ranks_do_the_work_of_one(photos, tmp_path):
     two = command(photos, tmp_path / "two", *flags, "--batch_size=2", launcher=torchrun)
     for line in (one, two):
         line.remove("--batch_size"), line.remove("3")
-        subprocess.run(line, env=ONE_THREAD, check=True, capture_output=True, timeout=120)
+        finish(line)
     one, two = (read_tensors(tmp_path / name / "last.tar")["resume"] for name in ("one", "two"))
     assert one["step"] == two["step"] == 20
     for column in ("loss", "val_loss", "psnr"):
