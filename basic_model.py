@@ -15,12 +15,13 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-from colorize_data import VERSION, ColorizeData, ColorizeError, in_gamut, say, write_whole
+from colorize_data import (VERSION, ColorizeData, ColorizeError, FlagError, in_gamut, say,
+                           write_whole)
 
 AB_SCALE = 110.0     # the ab head's raw output, and the losses, are ab/110
 MIN_INPUT = 32       # smaller inputs are padded
 BIN_STEP = 10        # ab units (Zhang et al. 2016)
-# the decoder's channels at each stride: halved on the way up, gently, the same for any encoder
+# the decoder's channels at each stride, the same for any encoder
 WIDTHS = {32: 384, 16: 256, 8: 192, 4: 128, 2: 48, 1: 24}
 NEIGHBOURS, SIGMA = 5, 5.0  # of the soft encoding (Zhang et al. 2016)
 PRETRAINED = Path(__file__).parent / "checkpoints" / "pretrained.tar"
@@ -79,6 +80,27 @@ def all_stored_ab() -> torch.Tensor:
     return torch.cartesian_prod(torch.arange(256.0), torch.arange(256.0)) - 128
 
 
+class BinsLoss(nn.Module):
+    """Cross-entropy of logits (N, Q, ceil(H/4), ceil(W/4)) with soft-encoded ab (N, 2, H, W).
+
+    Each place counts by the rarity of its nearest bin (Zhang et al. 2016, eq. 2).
+    """
+
+    def __init__(self, bins: torch.Tensor, prior: torch.Tensor, rebalance: float):
+        super().__init__()
+        nearest, weights = soft_encode(all_stored_ab(), bins)
+        self.register_buffer("nearest", nearest)
+        self.register_buffer("weights", weights)
+        self.register_buffer("rarity", rarity_weights(prior, rebalance))
+
+    def forward(self, logits: torch.Tensor, ab: torch.Tensor) -> torch.Tensor:
+        ab = F.avg_pool2d(ab, 4, ceil_mode=True, count_include_pad=False).round().long() + 128
+        key = ab[:, 0] * 256 + ab[:, 1]
+        nearest, soft = (table[key].permute(0, 3, 1, 2) for table in (self.nearest, self.weights))
+        log_probability = torch.log_softmax(logits.float(), dim=1).gather(1, nearest)
+        return (-(soft * log_probability).sum(dim=1) * self.rarity[nearest[:, 0]]).mean()
+
+
 def annealed_mean(logits: torch.Tensor, bins: torch.Tensor, temperature: float) -> torch.Tensor:
     """Logits (N, Q, H, W) to ab (N, 2, H, W): the mean of softmax(logits/T).
 
@@ -135,10 +157,13 @@ def encoder_levels(backbone: nn.Module, stages: int) -> list[tuple[str, int, int
     Found by a dry run, so that any convolutional classifier of torchvision will do; ends at stride
     2^(stages+1).
     """
-    nodes = get_graph_node_names(backbone)[1]
     was_training = backbone.training
-    with torch.no_grad():
-        outputs = create_feature_extractor(backbone, nodes).eval()(torch.zeros(1, 3, 64, 64))
+    try:
+        nodes = get_graph_node_names(backbone)[1]
+        with torch.no_grad():
+            outputs = create_feature_extractor(backbone, nodes).eval()(torch.zeros(1, 3, 64, 64))
+    except Exception:  # transformers, detectors: of many kinds, not to be traced or not at 64 x 64
+        nodes, outputs = [], {}
     backbone.train(was_training)
     levels, stride = {}, 1
     for node in nodes[1:]:  # the first is the input itself
@@ -185,8 +210,8 @@ class ColorNet(nn.Module):
                           "classes": classes}
         try:
             backbone = torchvision.models.get_model(encoder, weights=None)
-        except ValueError:
-            raise ColorizeError(f"--encoder {encoder}: torchvision has no such network; use a "
+        except (ValueError, OSError):  # a detector would fetch its backbone
+            raise ColorizeError(f"--encoder {encoder}: torchvision has no such classifier; use a "
                                 "resnet (resnet18), a vgg (vgg16_bn) or mobilenet_v2") from None
         levels = encoder_levels(backbone, stages)
         self.encoder = create_feature_extractor(backbone, [node for node, _, _ in levels])
@@ -262,6 +287,28 @@ class ColorNet(nn.Module):
         return self.decode(self(L), L.shape[-2:], temperature)
 
 
+@torch.inference_mode()
+def predict(model: ColorNet, L: np.ndarray, vividness: float = 1.0) -> np.ndarray:
+    """L (N, h, w) to probabilities (N, Q, ceil(h/4), ceil(w/4)) of a bins head or ab (N, 2, h, w).
+
+    The mean of the predictions for the photograph and for its mirror image, on the CPU. vividness:
+    divides the temperature of a bins head. Raises FlagError, or ColorizeError without the memory.
+    """
+    if vividness != 1 and model.arguments["head"] != "bins":
+        raise FlagError("--vividness needs a checkpoint trained with --loss bins; use --saturation")
+    device = next(model.parameters()).device
+    gray = torch.from_numpy(np.ascontiguousarray(L))[:, None].to(device)
+    try:
+        output = model(torch.cat([gray, gray.flip(-1)])).float()
+    except torch.OutOfMemoryError:
+        raise ColorizeError(f"the {device.type} ran out of memory: a smaller --size, "
+                            "or --device cpu") from None
+    if model.arguments["head"] == "bins":
+        output = torch.softmax(output * (vividness / model.temperature), dim=1)
+    plain, mirrored = output.chunk(2)
+    return ((plain + mirrored.flip(-1)) / 2).cpu().numpy()
+
+
 class Discriminator(nn.Module):
     """Real or made up, patch by patch, of Lab (N, 3, H, W) in CIE units (Isola et al. 2017)."""
 
@@ -290,6 +337,8 @@ def choose_device(device: str) -> torch.device:
                             "or install PyTorch for it")
     if device == "cuda":
         index = int(os.environ.get("LOCAL_RANK", 0))
+        if index >= torch.cuda.device_count():
+            raise ColorizeError(f"there are {torch.cuda.device_count()} GPUs; start no more ranks")
         torch.cuda.set_device(index)
         return torch.device("cuda", index)
     return torch.device(device)
@@ -414,54 +463,47 @@ def load_checkpoint(path: Path, device: str = "cpu") -> tuple[ColorNet, dict]:
     return model.to(device).eval(), contents
 
 
-def starting_checkpoint(init: str, encoder: str) -> tuple[Path, dict]:
-    """The file that --init means, and its contents or {}.
+def starting_checkpoint(init: str, encoder: str) -> dict:
+    """The contents of the checkpoint or encoder's state dict that --init means; {} for none.
 
-    auto: the shipped checkpoint, if its encoder is the one asked for.
+    auto: the shipped checkpoint, if its encoder is the one asked for. Raises ColorizeError.
     """
     path = PRETRAINED if init == "auto" else Path(init)
     if init in ("imagenet", "none") or init == "auto" and not path.is_file():
-        return path, {}
+        return {}
     contents = read_tensors(path)
     wrong = "model" in contents and check_contents(contents)  # a state dict has no such key
     if wrong:
         raise ColorizeError(f"--init {path}: not a checkpoint that fits: {wrong}")
-    fits = init != "auto" or contents.get("model", {}).get("encoder") == encoder
-    return path, contents if fits else {}
+    its = contents["model"]["encoder"] if "model" in contents else encoder
+    if its != encoder and init != "auto":
+        raise ColorizeError(f"--init {path}: its encoder is {its}, not {encoder}; "
+                            f"add --encoder {its}")
+    return contents if its == encoder else {}
 
 
-def initialize(model: ColorNet, init: str) -> tuple[str, set[str]]:
-    """Fill a fresh ColorNet's weights as --init says; what it starts from, and the names it filled.
+def initialize(model: ColorNet, init: str, contents: dict) -> tuple[str, set[str]]:
+    """Fill a fresh ColorNet with the weights of the same name and shape that --init means.
 
-    auto: the shipped checkpoint if its encoder is the one asked for, else imagenet, else none.
+    contents: of its starting_checkpoint; where there is none, torchvision's ImageNet weights, or
+    none. Returns what it starts from, in words, and the names that it filled. Raises ColorizeError.
     """
-    encoder = model.arguments["encoder"]
-    path, contents = starting_checkpoint(init, encoder)
-    if contents:
-        return take_weights(model, contents.get("weights") or encoder_names(contents), path)
-    if init != "none":
+    encoder, source = model.arguments["encoder"], PRETRAINED if init == "auto" else init
+    if not contents and init != "none":
+        source = f"ImageNet's {encoder}"
         try:
-            weights = torchvision.models.get_model(encoder, weights="DEFAULT").state_dict()
-            return take_weights(model, encoder_names(weights), Path(f"ImageNet's {encoder}"))
+            contents = torchvision.models.get_model(encoder, weights="DEFAULT").state_dict()
         except OSError as error:  # URLError is one
             say(f"the ImageNet weights of {encoder} cannot be fetched ({error}); "
                 "starting from random weights; --init PATH takes a file")
-    return "random weights", set()
-
-
-def encoder_names(weights: dict) -> dict:
-    """A torchvision state dict under the names that its tensors have in a ColorNet."""
-    return {f"encoder.{name}": w for name, w in weights.items()}
-
-
-def take_weights(model: ColorNet, weights: dict, path: Path) -> tuple[str, set[str]]:
-    """Take the tensors whose name and shape match; ColorizeError if there is none."""
+    if not contents:
+        return "random weights", set()
+    weights = contents.get("weights") or {f"encoder.{name}": w for name, w in contents.items()}
     own = model.state_dict()
     matching = {name: w for name, w in weights.items()
                 if name in own and isinstance(w, torch.Tensor) and w.shape == own[name].shape}
     if not matching:
-        raise ColorizeError(f"--init {path}: none of its tensors fits a ColorNet with "
-                            f"{model.arguments['encoder']}; name a checkpoint, or a state dict of "
-                            "the encoder")
+        raise ColorizeError(f"--init {source}: none of its tensors fits a ColorNet with {encoder}; "
+                            "name a checkpoint, or a state dict of the encoder")
     model.load_state_dict(own | {name: w.to(own[name].dtype) for name, w in matching.items()})
-    return f"{path} ({len(matching)} of {len(own)} tensors)", set(matching)
+    return f"{source} ({len(matching)} of {len(own)} tensors)", set(matching)

@@ -252,7 +252,7 @@ def decode_photo(image: Image.Image, pages: int) -> Photo:
         image = image.convert("LA" if gray else "RGBA")
         image, alpha = image.convert("L" if gray else "RGB"), image.getchannel("A")
     image, note = to_srgb(image, profile)
-    if image.mode != "I;16" and (";16" in layout or "65535" in layout):
+    if image.mode != "I;16" and (";16" in layout.replace("BGR;16", "") or "65535" in layout):
         note = "; ".join(filter(None, ["16-bit colour was read as 8-bit", note]))
     info = {"exif": exif, "dpi": dpi if dpi and all(1 < x < 65536 for x in dpi) else None,
             "text": text}
@@ -331,7 +331,7 @@ def write_whole(path: Path, write) -> None:
 def write_photo(path: Path, pages: list, photo: Photo, description: str = "") -> None:
     """Write pages (RGB, RGBA; or one uint16 array for a TIFF) in the format of the extension."""
     kind = Image.registered_extensions().get(path.suffix.lower())
-    if kind is None or kind not in Image.SAVE:
+    if kind not in Image.SAVE or kind in ("GIF", "ICO", "ICNS"):  # few colours, small sizes
         raise ColorizeError(f"{path}: '{path.suffix}' is no picture format that can be written; "
                             "use .png, .jpg, .tif or .webp")
     exif, dpi = photo.info["exif"], photo.info["dpi"]
@@ -370,9 +370,17 @@ def write_photo(path: Path, pages: list, photo: Photo, description: str = "") ->
 
 # ------------------------------------------------------------------------------- the arrays
 
-def prepare(data: Path, val_fraction: float = 0.1, workers: int | None = None) -> dict:
-    """Build DATA/processed from DATA/train and DATA/val, or reuse it; a manifest for each split."""
+def prepare(data: Path, val_fraction: float | None = None, workers: int | None = None) -> dict:
+    """Build DATA/processed from DATA/train and DATA/val, or reuse it; a manifest for each split.
+
+    val_fraction: of train, where there is no val; else what the arrays were built with, or a tenth.
+    """
     data, workers = Path(data), workers or os.cpu_count() or 1
+    processed = data / "processed"
+    if val_fraction is None:
+        val_fraction = 0.1
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # none, or damaged
+            val_fraction = json.loads((processed / "train.json").read_text())["val_fraction"]
     sources = {split: find_photos(data / split) for split in ("train", "val")}
     if not sources["train"]:
         raise ColorizeError(f"no photograph below {data / 'train'}; put some there, or name "
@@ -381,7 +389,7 @@ def prepare(data: Path, val_fraction: float = 0.1, workers: int | None = None) -
              for paths in sources.values() for path in paths}
     key = [ARRAY_FORMAT, SIDE, None if sources["val"] else val_fraction, [*files.values()]]
     fingerprint = hashlib.sha256(json.dumps(key).encode()).hexdigest()
-    processed = data / "processed"
+    header = {"format": ARRAY_FORMAT, "fingerprint": fingerprint, "val_fraction": val_fraction}
     manifests = {split: read_manifest(processed, split, fingerprint) for split in sources}
     if all(manifests.values()):
         return manifests
@@ -400,7 +408,7 @@ def prepare(data: Path, val_fraction: float = 0.1, workers: int | None = None) -
             "set aside for validation, by a hash of their content")
     for split, paths in sources.items():
         manifests[split] = build_array(processed / f"{split}.npy", {p: files[p] for p in paths},
-                                       fingerprint, workers)
+                                       header, workers)
     if not manifests["train"]["photographs"]:
         reasons = Counter(manifests["train"]["left_out"].values()).items()
         raise ColorizeError(f"no usable colour photograph below {data / 'train'}: "
@@ -446,8 +454,8 @@ def lab_square(path: Path) -> tuple[np.ndarray | None, str]:
     return encode_lab(lab), ""
 
 
-def build_array(array: Path, files: dict, fingerprint: str, workers: int) -> dict:
-    """Write one split's array and then its manifest; returns the manifest.
+def build_array(array: Path, files: dict, header: dict, workers: int) -> dict:
+    """Write one split's array and then its manifest, which begins with `header`; returns it.
 
     files: {path: [relative name, bytes, time]}. Rows are streamed, so that memory does not grow.
     """
@@ -473,8 +481,7 @@ def build_array(array: Path, files: dict, fingerprint: str, workers: int) -> dic
     for reason, count in Counter(left_out.values()).items():
         names = [name for name, why in left_out.items() if why == reason][:3]
         say(f"{array.stem}: {count} left out, {reason}: {', '.join(names)}" + ", ..." * (count > 3))
-    manifest = {"format": ARRAY_FORMAT, "fingerprint": fingerprint, "photographs": photographs,
-                "left_out": left_out}
+    manifest = header | {"photographs": photographs, "left_out": left_out}
     write_whole(manifest_path, lambda name: name.write_text(json.dumps(manifest)))
     return manifest
 

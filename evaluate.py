@@ -32,11 +32,11 @@ from colorize_data import (MIN_CHROMA, SIDE, ColorizeData, ColorizeError, FlagEr
                            content_hash, decode_lab, find_photos, in_validation, into_gamut,
                            lab_to_rgb, ordered_map, picture_sheet, prepare, progress, read_photo,
                            rgb_to_lab, say, to_8_bit, write_whole)
-from inference import check_vividness, colorize, lightness, load_model, working_copy
+from inference import colorize, lightness, load_model, working_copy
 
 MAX_MEMBER = 300 << 20  # bytes of a photograph in an archive
 MAX_RATIO = 200         # of an archive's contents to its own size, from 1 MB on
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val"}
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "val"}
 # rows of the table: score, heading, digits
 SCORES = {"psnr": ("PSNR, dB", 2), "ssim": ("SSIM", 3), "ciede2000": ("CIEDE2000", 2),
           "distance": ("ab distance", 2), "auc": ("AuC", 3), "colorfulness": ("colourfulness", 1),
@@ -92,8 +92,9 @@ def unpack(source: Path, folder: Path) -> None:
 def import_photos(source: Path, data: Path, val_fraction: float) -> None:
     """Take the photographs of a zip, tar or folder into DATA/train and DATA/val, classes kept.
 
-    A set that comes with train and val folders stays split so; else the split is by a hash of each
-    content, so that adding photographs moves none. Those already there are passed over.
+    A set that comes with train and val (or test) folders stays split so; else the split is by a
+    hash of each content, so that adding photographs moves none. Those already there, by name and
+    size, are passed over; another of the same name gets a part of its hash into its own.
     """
     if not source.exists():
         raise ColorizeError(f"--source {source}: no such file or folder; check the path")
@@ -107,14 +108,18 @@ def import_photos(source: Path, data: Path, val_fraction: float) -> None:
         counts, paths = Counter(), find_photos(folder)
         top = Path(os.path.commonpath([path.parent for path in paths])) if paths else folder
         for parent in (top, *top.parents):  # a set of which only train or val is there
-            if parent.name in SPLITS and (parent == folder or folder in parent.parents):
+            if parent.name.lower() in SPLITS and (parent == folder or folder in parent.parents):
                 top = parent.parent
         for path in progress(paths, len(paths), f"import {source.name}"):
             name = path.relative_to(top)
-            if len(name.parts) > 1 and name.parts[0] in SPLITS:
-                split, name = SPLITS[name.parts[0]], Path(*name.parts[1:])
+            if len(name.parts) > 1 and name.parts[0].lower() in SPLITS:
+                split, name = SPLITS[name.parts[0].lower()], Path(*name.parts[1:])
             else:
                 split = "val" if in_validation(path, val_fraction) else "train"
+            of_this_name = [data / other / name for other in ("train", "val")]
+            if any(other.exists() and other.stat().st_size != path.stat().st_size
+                   for other in of_this_name):
+                name = name.with_stem(f"{name.stem}-{content_hash(path)[:8]}")
             there = any((data / other / name).exists() for other in ("train", "val"))
             counts["already there" if there else split] += 1
             if not there:
@@ -145,11 +150,8 @@ def data(*, data: Path = Path("data/input"), source: Path | None = None, val_fra
             names = [name for name, why in manifest["left_out"].items() if why == reason]
             print(f"  {count} left out, {reason}: {', '.join(names[:3])}" + ", ..." * (count > 3))
     counts = Counter(label for *_, label in manifests["train"]["photographs"])
-    if class_names(manifests["train"]):
-        print("classes: " + ", ".join(f"{name or '(none)'} {n}" for name, n in sorted(
-            counts.items(), key=lambda item: str(item[0]))))
-    else:
-        print("classes: none (no class folders)")
+    classes = ", ".join(f"{name} {counts[name]}" for name in class_names(manifests["train"]))
+    print(f"classes: {classes or 'none (no class folders)'}")
     histogram = print_colors(np.load(processed / "train.npy", mmap_mode="r"))
     dataset = ColorizeData([processed / "train.npy"], train=True)
     write_preview(processed / "preview.png", dataset, histogram)
@@ -326,7 +328,6 @@ def evaluate(*, image: Path = Path("data/input/val"), model: str | None = None, 
     loaded = [load_model(name, device) for name in names]
     methods, hashes = {"gray": partial(mean_color_baseline, np.zeros((101, 2)))}, {}
     for network, path, contents in loaded:
-        check_vividness(network, vividness)
         hashes[str(path)] = content_hash(path)[:12]
         if "mean_ab" in contents and "mean ab for each L" not in methods:
             mean_ab = contents["mean_ab"].numpy()
@@ -361,7 +362,7 @@ def evaluate(*, image: Path = Path("data/input/val"), model: str | None = None, 
     write_report(Path(out), settings, hashes, summaries, results)
     first = str(loaded[0][1])
     results.sort(key=lambda result: result[1][first]["ciede2000"])
-    draw_evaluation(Path(out, "evaluation.png"), results, methods, first)
+    draw_evaluation(Path(out, "evaluation.png"), results, methods)
     print(f"{Path(out, 'evaluation.png')}: from best to worst by CIEDE2000")
 
 
@@ -394,26 +395,30 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     write_whole(path, write)
 
 
-def draw_evaluation(path: Path, results: list, methods: dict, first: str) -> None:
+def draw_evaluation(path: Path, results: list, methods: dict) -> None:
     """Twelve photographs at fixed quantiles of the error: gray | each model | truth."""
-    last = len(results) - 1
-    shown = [results[round(q * last)] for q in np.linspace(0, 1, min(12, len(results)))]
-    names = ["gray", *list(methods)[1 + ("mean ab for each L" in methods):], "truth"]
+    names = [name for name in methods if name != "mean ab for each L"]
     tiles, captions = [], []
-    for source, scores in shown:
+    for q in np.linspace(0, 1, min(12, len(results))):
+        source, scores = results[round(q * (len(results) - 1))]
         picture = scored_copy(source)
-        for name in names:
-            tiles.append(picture if name == "truth" else methods[name](picture))
-            if name == "truth":
-                captions.append(source.name[:28])
-            else:
-                short = "gray" if name == "gray" else Path(name).stem
-                captions.append(f"{short}: dE {scores[name]['ciede2000']:.1f}")
-    sheet = picture_sheet(tiles, len(names) * (2 if len(names) < 4 else 1), captions, 200)
+        tiles += [methods[name](picture) for name in names] + [picture]
+        captions += [f"{Path(name).stem}: dE {scores[name]['ciede2000']:.1f}" for name in names]
+        captions.append(source.name[:28])
+    sheet = picture_sheet(tiles, (len(names) + 1) * (2 if len(names) < 3 else 1), captions, 200)
     write_whole(path, lambda name: sheet.save(name, "PNG"))
 
 
-# ------------------------------------------------------------------------------------ curves
+# --------------------------------------------------------------------- pictures of a training
+
+def draw_preview(path: Path, lab, ab) -> None:
+    """gray | prediction | truth, of tensors Lab (N, 3, H, W) and ab (N, 2, H, W)."""
+    lab, ab = (x.permute(0, 2, 3, 1).cpu().numpy() for x in (lab, ab))
+    tiles = [picture_of(true[..., 0], colors) for true, made in zip(lab, ab)
+             for colors in (0 * made, made, true[..., 1:])]
+    sheet = picture_sheet(tiles, 6, ["gray", "prediction", "truth"] * len(lab), 160)
+    write_whole(path, lambda name: sheet.save(name, "PNG"))
+
 
 CURVES = {  # a panel each: title, columns, logarithmic
     "loss": (["loss", "val_loss"], True),

@@ -24,7 +24,8 @@ import torch
 from PIL import Image, ImageColor
 from torch.nn import functional as F
 
-from basic_model import PRETRAINED, ColorNet, choose_device, load_checkpoint, tilt, upsample
+from basic_model import (PRETRAINED, ColorNet, choose_device, load_checkpoint, predict, tilt,
+                         upsample)
 from colorize_data import (MIN_CHROMA, VERSION, ColorizeError, FlagError, Photo, content_hash,
                            find_photos, gray_to_L, into_gamut, lab_to_rgb, ordered_map,
                            picture_sheet, read_photo, rgb_to_lab, say, write_photo)
@@ -36,6 +37,7 @@ MAX_DOWNLOAD = 200 << 20  # bytes
 ENLARGE = 2.0             # at most, of photographs smaller than the working size
 GUIDE_EPSILON = 10.0      # of the guided filter: 1e-3 for L in 0..1
 HINT_SIGMA, HINT_MU = 0.02, 1e-4  # of the hints' spreading: L difference in 0..1; pull to zero
+MADE = "_color.png", "_color.tif", "_sheet.png"  # endings of results
 
 
 class Controls(NamedTuple):
@@ -105,6 +107,8 @@ def read_controls(mood=None, mean_color=None, reference=None, strength=1.0, satu
     given = [f"--{name}" for name, value in flags.items() if value is not None]
     if len(given) > 1:
         raise FlagError(f"{' and '.join(given)} contradict each other: give one")
+    if strength != 1 and not given:
+        raise FlagError("--strength is that of --mood, --mean_color or --reference: give one")
     for name, value, low, high in (("strength", strength, 0, 1), ("saturation", saturation, 0, 4),
                                    ("vividness", vividness, 0.1, 10)):
         if value is not None and not low <= value <= high:
@@ -119,7 +123,7 @@ def read_controls(mood=None, mean_color=None, reference=None, strength=1.0, satu
         target, spread = tuple(ab.mean(axis=(0, 1)).tolist()), spread_of(ab)
     return Controls(  # explicit flags override a mood's own, which strength scales
         1 + strength * (bundle.saturation - 1) if saturation is None else saturation,
-        bundle.vividness ** strength if vividness is None else vividness,
+        1.0 if vividness is None else vividness,
         bundle.shift, target, spread, strength, read_hints(hints or ""))
 
 
@@ -130,10 +134,11 @@ def spread_of(ab: np.ndarray) -> float:
 
 def move_mean(prediction: np.ndarray, L: np.ndarray, colors: np.ndarray | None,
               decode, target: np.ndarray) -> np.ndarray:
-    """ab (h, w, 2) whose mean, once in gamut, is the target or as near as can be.
+    """ab (h, w, 2) whose mean, once in gamut, is the target (2,) or as near as can be.
 
-    A bins prediction is tilted, an ab prediction shifted, fading to nothing at black and white.
-    Gamut takes some of the mean away: up to 5 rounds add what is missing to what is asked for.
+    A bins prediction (Q, h/4, w/4) is tilted, with the colors (Q, 2) that decode knows; an ab one
+    (2, h, w), colors None, shifted, fading to nothing at black and white of L (h, w). Gamut takes
+    some of the mean away: up to 5 rounds add what is missing to what is asked for.
     """
     best = plain = decode(prediction)
     asked, vector, nearest = np.array(target, np.float64), None, np.inf
@@ -159,13 +164,14 @@ def spread_hints(L: np.ndarray, ab: np.ndarray, hints: list) -> np.ndarray:
     """Spread hints (x, y, a, b), pixels of L (h, w), over what is like them around; returns ab.
 
     Minimizes sum w_rs (d_r - d_s)^2 + mu sum d^2 over neighbours r, s for d, the difference from
-    the prediction ab (h, w, 2), fixed on a 5-pixel disc at each hint; w_rs = exp(-(L_r - L_s)^2 /
-    2 sigma^2). After Levin, Lischinski and Weiss 2004, in a form that is solved in time.
+    the prediction ab (h, w, 2), fixed on what is like the hint of a 5-pixel disc there; w_rs =
+    exp(-(L_r - L_s)^2 / 2 sigma^2), at least 1e-6. After Levin, Lischinski and Weiss 2004, in a
+    form that is solved in time.
     """
     y, x = np.mgrid[:L.shape[0], :L.shape[1]]
     free, d = np.ones_like(L), np.zeros((2, *L.shape), np.float32)
     for hx, hy, a, b in hints:
-        like = np.abs(L - L[hy, hx]) <= 200 * HINT_SIGMA  # not across an outline
+        like = np.abs(L - L[hy, hx]) <= 200 * HINT_SIGMA  # two sigma: not across an outline
         disc = ((x - hx) ** 2 + (y - hy) ** 2 <= 2.5 ** 2) & like
         free[disc], d[:, disc] = 0, np.array([[a], [b]]) - ab[hy, hx, :, None]
     down, right = (np.exp(-np.diff(L / 100, axis=axis) ** 2 / (2 * HINT_SIGMA ** 2)).clip(min=1e-6)
@@ -218,24 +224,9 @@ def working_copy(image: Image.Image, size: int, enlarge: float = 1.0) -> Image.I
     return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 
-@torch.inference_mode()
-def predict(model: ColorNet, L: np.ndarray, vividness: float = 1.0) -> np.ndarray:
-    """L (N, h, w) to probabilities (N, Q, h/4, w/4) of a bins head or ab (N, 2, h, w).
-
-    The mean of the predictions for the photograph and for its mirror image.
-    """
-    device = next(model.parameters()).device
-    gray = torch.from_numpy(np.ascontiguousarray(L))[:, None].to(device)
-    output = model(torch.cat([gray, gray.flip(-1)])).float()
-    if model.arguments["head"] == "bins":
-        output = torch.softmax(output * (vividness / model.temperature), dim=1)
-    plain, mirrored = output.chunk(2)
-    return ((plain + mirrored.flip(-1)) / 2).cpu().numpy()
-
-
 def choose_colors(model: ColorNet, prediction: np.ndarray, L: np.ndarray,
                   controls: Controls) -> tuple[np.ndarray, np.ndarray | None]:
-    """ab (h, w, 2) at working resolution, and the mean ab that is wanted, from one prediction.
+    """ab (h, w, 2) and the mean ab wanted, or None, from predict's for one photograph L (h, w).
 
     The order: (vividness is in the prediction,) saturation, then reference, mean or mood.
     """
@@ -274,7 +265,9 @@ def guide_slope(L: np.ndarray, ab: np.ndarray) -> np.ndarray:
 
 
 def enlarger(L_small: np.ndarray, ab: np.ndarray, width: int, height: int):
-    """A function that gives ab (h, w, 2) at the photograph's size, edge-aware, any rows at a time.
+    """A function that gives ab at the photograph's size, edge-aware, any rows at a time.
+
+    L_small is (h, w), ab (h, w, 2), at the network's resolution.
 
     bicubic(ab) + a * (L - bicubic(L_small)), a the local regression of ab on L: the coefficient of
     the guided filter (He and Sun 2015), radius 1.
@@ -325,7 +318,10 @@ def finish(image: Image.Image, small: np.ndarray, ab: np.ndarray, hints: tuple =
 
 
 def hint_correction(image: Image.Image, enlarge, hint: tuple, scale: float):
-    """A function that gives the hint's own pixel exactly its colour, and what is like it around."""
+    """A function that gives the hint's own pixel exactly its colour, and what is like it around.
+
+    scale: pixels of the photograph for one of the network's.
+    """
     x, y, *wanted = hint
     row = lightness(image.crop((0, y, image.width, y + 1)))
     missing, L_hint = np.array(wanted, np.float32) - enlarge(row, y)[0, x], row[0, x]
@@ -368,15 +364,9 @@ def colorize(model: ColorNet, image: Image.Image | np.ndarray, size: int = 256,
     """
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     controls = read_controls(mood, mean_color, reference, strength, saturation, vividness, hints)
-    check_vividness(model, vividness)
     small = lightness(working_copy(image, size, ENLARGE))
     prediction = predict(model, small[None], controls.vividness)[0]
     return add_color(model, image, small, prediction, controls, image.mode == "I;16")[0]
-
-
-def check_vividness(model: ColorNet, vividness: float | None) -> None:
-    if vividness not in (None, 1.0) and model.arguments["head"] != "bins":
-        raise FlagError("--vividness needs a checkpoint trained with --loss bins; use --saturation")
 
 
 # ------------------------------------------------------------------------------- the command
@@ -418,7 +408,9 @@ def plan_outputs(image: str, output: Path, folder: Path, kind: str) -> list[tupl
     for path in paths:
         stem = path.stem if alike[path.with_suffix("")] == 1 else path.name
         plan[path] = output / path.relative_to(source).with_name(f"{stem}_{kind}.png")
-    results, inside = {target.resolve() for target in plan.values()}, output.resolve()
+    results = {target.with_name(target.name.removesuffix(f"_{kind}.png") + made).resolve()
+               for target in plan.values() for made in MADE}
+    inside = output.resolve()
     plan = [(path, target) for path, target in plan.items() if path.resolve() not in results
             and (inside == source.resolve() or inside not in path.resolve().parents)]
     if not plan:
@@ -452,7 +444,7 @@ def inference(*, image: str = "data/input/val", model: str | None = None,
     size: short side at which the network works
     device: where to compute
     overwrite: in a folder, do again what is already there
-    mood: a bundle of mean colour, saturation and vividness
+    mood: a bundle of mean colour and saturation
     mean_color: average colour wanted: #rrggbb, or a,b in CIE units
     reference: photograph whose mean colour and colour spread are wanted
     strength: of mood, mean_color or reference, 0..1
@@ -469,7 +461,6 @@ def inference(*, image: str = "data/input/val", model: str | None = None,
     if sheet and (compare or controls != Controls()):
         raise FlagError("--sheet shows every mood: leave out --compare and the colour flags")
     network, path, contents = load_model(model, device)
-    check_vividness(network, vividness)
     say(f"loaded {path} ({contents['model']['encoder']}, {contents['model']['head']}) "
         f"on {next(network.parameters()).device}")
     settings = {"checkpoint": content_hash(path)[:12], "size": size, **controls._asdict()}
@@ -477,7 +468,7 @@ def inference(*, image: str = "data/input/val", model: str | None = None,
         f"{name} {value}" for name, value in settings.items() if value not in (None, ())])
     write = partial(write_pages, network, controls, description, compare)
     if sheet:
-        write = partial(write_sheet, network, description)
+        write = partial(write_sheet, network, size, description)
     with tempfile.TemporaryDirectory() as folder:
         plan = plan_outputs(str(image), output, Path(folder), "sheet" if sheet else "color")
         if hints and len(plan) > 1:
@@ -487,8 +478,9 @@ def inference(*, image: str = "data/input/val", model: str | None = None,
                 or not (target.exists() or target.with_suffix(".tif").exists())]
         errors = run_photos(network, left, size, controls.vividness, max_megapixels, write)
     if len(plan) > 1:
-        print(f"{len(left) - len(errors)} done, {len(plan) - len(left)} already there, "
-              f"{len(errors)} failed")
+        there = len(plan) - len(left)
+        print(f"{len(left) - len(errors)} done, {there} already there"
+              + " (--overwrite does them again)" * bool(there) + f", {len(errors)} failed")
     if errors:
         raise errors[0] if len(left) == 1 else ColorizeError(
             f"{len(errors)} of {len(plan)} photographs could not be coloured; see above")
@@ -502,7 +494,7 @@ def read_pages(size: int, limit: float, pair: tuple[Path, Path]) -> list[Job]:
         if first.pages * first.image.width * first.image.height > limit * 1e6:
             raise ColorizeError(f"{source}: its {first.pages} pages together are over the limit of "
                                 f"{limit:g} megapixels; raise --max_megapixels")
-        if target.name.endswith(("_color.png", "_sheet.png")):  # not the user's own choice
+        if target.name.endswith(MADE):  # not the user's own choice
             target = target.with_suffix(".tif")
         if target.suffix.lower() not in (".tif", ".tiff"):
             raise ColorizeError(f"{source}: has {first.pages} pages; name a .tif as --output")
@@ -554,14 +546,14 @@ def run_photos(model: ColorNet, plan: list, size: int, vividness: float, max_meg
     return errors
 
 
-def write_sheet(model: ColorNet, description: str, pages: list) -> str:
+def write_sheet(model: ColorNet, size: int, description: str, pages: list) -> str:
     """Write a sheet of every mood and three vividness values; returns the line to print."""
     job = pages[0][0]
     choices = [{}] + [{"mood": mood} for mood in MOODS]
     if model.arguments["head"] == "bins":
         choices += [{"vividness": v} for v in (0.5, 2.0, 4.0)]
-    image = working_copy(job.photo.image, 288)
-    tiles = [colorize(model, image, min(job.small.shape), **flags) for flags in choices]
+    image = working_copy(job.photo.image, max(size, 288))
+    tiles = [colorize(model, image, size, **flags) for flags in choices]
     captions = [" ".join(f"--{k} {v}" for k, v in flags.items()) or "no flag" for flags in choices]
     picture = picture_sheet(tiles, 4, captions, 288)
     write_photo(job.target, [picture], job.photo, description)
@@ -578,6 +570,8 @@ def write_pages(model: ColorNet, controls: Controls, description: str, compare: 
         deep = image.mode == "I;16" and len(pages) == 1 and not compare and tiff
         picture, mean, wanted = add_color(model, image, job.small, prediction, controls, deep)
         remarks.append(job.photo.note)
+        if image.mode == "I;16" and not deep:
+            remarks.append("16-bit gray was written as 8-bit; a .tif of one page keeps it")
         small = working_copy(image, 128).convert("RGB")
         if spread_of(rgb_to_lab(np.asarray(small))[..., 1:]) > MIN_CHROMA:
             remarks.append("has colour already: only its lightness was used")

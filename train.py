@@ -23,19 +23,19 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from basic_model import (AB_SCALE, ColorNet, Discriminator, all_stored_ab, choose_device,
-                         color_bins, color_statistics, initialize, rarity_weights, read_tensors,
-                         save_checkpoint, soft_encode, starting_checkpoint, use_bf16)
+from basic_model import (AB_SCALE, BinsLoss, ColorNet, Discriminator, choose_device, color_bins,
+                         color_statistics, initialize, read_tensors, save_checkpoint,
+                         starting_checkpoint, use_bf16)
 from colorize_data import (ColorizeData, ColorizeError, FlagError, class_names, decode_lab,
-                           picture_sheet, prepare, progress, say, write_whole)
-from evaluate import draw_curves, picture_of, picture_scores, write_csv
+                           prepare, progress, say)
+from evaluate import draw_curves, draw_preview, picture_scores, write_csv
 
 HUBER_DELTA = 11.0  # ab units: quadratic below, linear above
 EMA_DECAY = 0.999   # of the averaged weights, which are the ones validated and shipped
 MAX_NORM = 1.0      # longer gradients are clipped
 BAD_STEPS = 10      # non-finite losses in a row that end a run
 COLLAPSE = 0.1      # a discriminator's mean loss under this has stopped to teach
-# these may differ between a run and its resumption; every other setting may not
+# these may differ between a run and its resumption; every other setting, and the ranks, may not
 FREE_ON_RESUME = {"data", "out", "epochs", "resume", "init", "device", "workers", "save_minutes"}
 
 
@@ -60,24 +60,6 @@ def regression_loss(name: str, ab: torch.Tensor, true_ab: torch.Tensor,
     return loss.mean()
 
 
-class BinsLoss(nn.Module):
-    """Cross-entropy of logits (N, Q, H/4, W/4) against soft-encoded ab (N, 2, H, W)."""
-
-    def __init__(self, bins: torch.Tensor, prior: torch.Tensor, rebalance: float):
-        super().__init__()
-        nearest, weights = soft_encode(all_stored_ab(), bins)
-        self.register_buffer("nearest", nearest)
-        self.register_buffer("weights", weights)
-        self.register_buffer("rarity", rarity_weights(prior, rebalance))
-
-    def forward(self, logits: torch.Tensor, ab: torch.Tensor) -> torch.Tensor:
-        ab = F.avg_pool2d(ab, 4, ceil_mode=True, count_include_pad=False).round().long() + 128
-        key = ab[:, 0] * 256 + ab[:, 1]
-        nearest, soft = (table[key].permute(0, 3, 1, 2) for table in (self.nearest, self.weights))
-        log_probability = torch.log_softmax(logits.float(), dim=1).gather(1, nearest)
-        return (-(soft * log_probability).sum(dim=1) * self.rarity[nearest[:, 0]]).mean()
-
-
 def scene_loss(scenes: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of the classes, photographs without one (-1) left out (Iizuka et al. 2016)."""
     total = F.cross_entropy(scenes.float(), labels, ignore_index=-1, reduction="sum")
@@ -87,7 +69,7 @@ def scene_loss(scenes: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 # --------------------------------------------------------------------------------- schedules
 
 def learning_rate(step: int, total: int, peak: float, warm_up: int) -> float:
-    """Linear warm-up to the peak, then half a cosine to zero at the last step."""
+    """Linear warm-up to the peak, then half a cosine to zero after the last step."""
     if step < warm_up:
         return peak * (step + 1) / warm_up
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(total - warm_up, 1)))
@@ -144,12 +126,13 @@ class Training:
         """The network with its starting weights, and their average; settles what was left open."""
         s = self.settings
         # a checkpoint of ours brings its head and colours: regressions then fit the bins' mean
-        before = resumed or starting_checkpoint(s["init"], s["encoder"])[1]
+        before = resumed or starting_checkpoint(s["init"], s["encoder"])
         head = "bins" if s["loss"] == "bins" else before.get("model", {}).get("head", "ab")
         colors = before.get("colors", {"bins": color_bins(), "temperature": 1.0, "saturation": 1.0})
         for name in ("temperature", "saturation"):
             s[name] = colors[name] if s[name] is None else s[name]
-        prior, self.mean_ab = color_statistics(self.train_data, colors["bins"])
+        prior, self.mean_ab = (colors.get("prior"), resumed["mean_ab"]) if resumed else \
+            color_statistics(self.train_data, colors["bins"])
         colors |= {"prior": prior, "temperature": s["temperature"], "saturation": s["saturation"]}
         torch.manual_seed(s["seed"])
         self.model = ColorNet(s["encoder"], s["decoder"], head, s["stages"],
@@ -158,7 +141,7 @@ class Training:
             self.start = resumed["training"]["start"]
             self.trained = set(resumed["training"]["trained"])
         else:
-            self.start, self.trained = initialize(self.model, s["init"])
+            self.start, self.trained = initialize(self.model, s["init"], before)
         if s["lr"] is None:  # gentle where all was trained before
             fresh = {name for name, _ in self.model.named_parameters()} - self.trained
             s["lr"] = 1e-3 if fresh else 2e-4
@@ -222,6 +205,10 @@ class Training:
             dataset, batch_sampler=[share for share in shares[skip:] if share], collate_fn=tuple,
             num_workers=self.settings["workers"], pin_memory=self.device.type == "cuda")
 
+    def rate(self, step: int) -> float:
+        """The learning rate of a step as a share of its peak."""
+        return learning_rate(step, self.total, 1.0, min(500, max(self.total // 20, 1)))
+
     def objective(self, output: torch.Tensor, ab: torch.Tensor) -> torch.Tensor:
         """The loss of the network's output (logits for bins, else ab) against the true ab."""
         if self.bins_loss is not None:
@@ -234,8 +221,7 @@ class Training:
         lab = decode_lab(lab.to(self.device, non_blocking=True))
         lab = lab.contiguous(memory_format=torch.channels_last)
         L, ab = lab[:, :1], lab[:, 1:]
-        warm_up = min(500, max(self.total // 20, 1))
-        rate = learning_rate(self.step, self.total, 1.0, warm_up)
+        rate = self.rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * s["lr"] * group["scale"]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
@@ -264,21 +250,24 @@ class Training:
             total, count = self.sums.get(name, (0.0, 0))
             self.sums[name] = total + float(value) * len(lab), count + len(lab)
 
-
     def skip_step(self) -> None:
         """A non-finite loss or gradient: leave the weights, undo what it did to batch norm."""
         self.skipped += 1
         self.bad_in_a_row += 1
         for buffer, good in zip(self.model.buffers(), self.average.module.buffers()):
             buffer.copy_(good)
-        say(f"step {self.step}: the loss is not finite; skipped")
+        say(f"step {self.step}: the loss is not finite; skipped ({self.skipped} so far)")
         if self.bad_in_a_row == BAD_STEPS:
-            raise ColorizeError(f"the loss was not finite {BAD_STEPS} times in a row; the last "
-                                "good checkpoint is kept; try a lower --lr, or --amp off")
+            raise ColorizeError(f"the loss was not finite {BAD_STEPS} times in a row; go on from "
+                                "the last good checkpoint with --init, a lower --lr or --amp off")
 
     def learn_to_discriminate(self, L, ab, made, rate: float) -> dict:
-        """The discriminator's step; its input noise fades out over the first half of the run."""
-        generator = torch.Generator().manual_seed(self.settings["seed"] * 1_000_003 + self.step)
+        """The discriminator's step; its input noise fades out over the first half of the run.
+
+        L (N, 1, H, W), the true ab and the made one (N, 2, H, W), CIE units.
+        """
+        seed = (self.settings["seed"] * 1_000_003 + self.step) * self.world + self.rank
+        generator = torch.Generator().manual_seed(seed)
         noise = torch.randn((2 * len(L), 3, *L.shape[-2:]), generator=generator).to(self.device)
         noise = noise * 0.2 * max(0.0, 1 - 2 * self.step / self.total)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
@@ -313,7 +302,7 @@ class Training:
             lab = decode_lab(lab.to(self.device))
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
                 output, scenes = model(lab[:, :1], with_scenes=True)
-                ab = model.decode(output, lab.shape[-2:])
+            ab = model.decode(output, lab.shape[-2:])
             loss = self.objective(output if self.bins_loss else ab, lab[:, 1:]) * self.unit
             mse = F.mse_loss(ab, lab[:, 1:])
             labels = labels.to(self.device)
@@ -337,28 +326,22 @@ class Training:
         """gray | prediction | truth for the same eight validation photographs every time."""
         numbers = np.linspace(0, len(self.val_data) - 1, min(8, len(self.val_data))).astype(int)
         lab = decode_lab(self.val_data.__getitems__(numbers.tolist())[0])
-        ab = self.average.module.eval().predict(lab[:, :1].to(self.device)).cpu()
-        lab, ab = lab.permute(0, 2, 3, 1).numpy(), ab.permute(0, 2, 3, 1).numpy()
-        tiles = [picture_of(true[..., 0], colors) for true, made in zip(lab, ab)
-                 for colors in (0 * made, made, true[..., 1:])]
-        sheet = picture_sheet(tiles, 6, ["gray", "prediction", "truth"] * len(numbers), 160)
-        write_whole(path, lambda name: sheet.save(name, "PNG"))
+        draw_preview(path, lab, self.average.module.eval().predict(lab[:, :1].to(self.device)))
 
-    def described(self) -> dict:
-        """What a reader of a checkpoint needs to make it again."""
-        return {"settings": self.settings, "start": self.start, "trained": sorted(self.trained),
-                "epoch": self.step // self.steps_per_epoch, "step": self.step,
-                "photographs": len(self.train_data), "amp": "bf16" if self.amp else "off",
-                "fingerprint": self.manifests["train"]["fingerprint"],
-                "scores": self.history[-1] if self.history else {},
-                "torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
 
     def save(self, name: str) -> None:
         """Write best_model.tar (the averaged weights) or last.tar (and all that resuming needs)."""
         if self.rank:
             return
-        extra = {"mean_ab": self.mean_ab, "classes": self.classes if self.model.scenes else [],
-                 "training": self.described()}
+        extra = {"mean_ab": self.mean_ab, "classes": self.classes if self.model.scenes else []}
+        extra["training"] = {  # what a reader needs to make it again
+            "settings": self.settings, "ranks": self.world, "start": self.start,
+            "trained": sorted(self.trained), "epoch": self.step // self.steps_per_epoch,
+            "step": self.step, "photographs": len(self.train_data),
+            "amp": "bf16" if self.amp else "off",
+            "fingerprint": self.manifests["train"]["fingerprint"],
+            "scores": self.history[-1] if self.history else {},
+            "torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
         if name == "last.tar":
             extra["resume"] = {
                 "weights": self.model.state_dict(), "average": self.average.state_dict(),
@@ -408,25 +391,36 @@ class Training:
         batches = self.batches(self.train_data, first, first + self.samples, done)
         start = saved = time.monotonic()
         seen, waiting, asked = 0, 0.0, time.monotonic()
-        for lab, labels in progress(batches, len(batches), f"epoch {epoch + 1}"):
+        label = f"epoch {epoch + 1}"
+        for lab, labels in batches if self.rank else progress(batches, len(batches), label):
             waiting += time.monotonic() - asked
             self.learn(lab, labels)
             seen += len(lab) * self.world
-            if stop:
+            stopped = self.largest(stop[0] if stop else 0)
+            if stopped:
                 self.save("last.tar")
                 say(f"stopped at step {self.step}; go on with --resume auto")
-                raise SystemExit(128 + stop[0])
+                raise SystemExit(128 + stopped)
             due = time.monotonic() - saved >= self.settings["save_minutes"] * 60
             if due and self.step % self.steps_per_epoch:
                 self.save("last.tar")
                 saved = time.monotonic()
             asked = time.monotonic()
         elapsed = time.monotonic() - start
-        row = {"epoch": epoch + 1, "step": self.step, "lr": self.optimizer.param_groups[0]["lr"]}
+        rate = self.settings["lr"] * self.rate(self.step - 1)
+        row = {"epoch": epoch + 1, "step": self.step, "lr": rate}
         row |= self.means() | ({} if self.settings["final"] else self.validate())
         row |= {"images_per_second": seen / elapsed, "waiting": waiting / elapsed}
         self.sums = {}
         self.finish_epoch(row)
+
+    def largest(self, number: int) -> int:
+        """The largest of the ranks' numbers: all stop, or fail, at the same step."""
+        if self.world == 1:
+            return number
+        shared = torch.tensor(number, device=self.device)
+        distributed.all_reduce(shared, distributed.ReduceOp.MAX)
+        return int(shared)
 
     def means(self) -> dict:
         """The epoch's mean of each measured value so far, over all ranks."""
@@ -437,16 +431,17 @@ class Training:
         return {name: total / max(n, 1) for name, (total, n) in zip(self.sums, sums.tolist())}
 
     def finish_epoch(self, row: dict) -> None:
+        """Best or not; log, checkpoints, history and pictures."""
         self.history.append(row)
         # a validation loss would bring a gan back to its start; --final has none: the last is best
         last_is_best = self.settings["final"] or self.settings["loss"] == "gan"
         is_best = last_is_best or row["val_loss"] < self.best
         self.best = row.get("val_loss", self.best) if is_best else self.best
+        if self.rank:
+            return
         if row.get("d_loss", 1) < COLLAPSE:
             say(f"the discriminator wins (loss {row['d_loss']:.3f}): it no longer teaches; "
                 "lower --lr_discriminator or raise --l1_weight")
-        if self.rank:
-            return
         out = Path(self.settings["out"])
         log = {name: value for name, value in row.items() if name != "waiting"}
         say("  ".join(f"{name} {value:.4g}" for name, value in log.items()) + "  best" * is_best)
@@ -478,6 +473,10 @@ def read_resumable(path: Path, settings: dict, fingerprint: str) -> dict:
     if training["fingerprint"] != fingerprint:
         raise ColorizeError(f"--resume {path}: the photographs have changed since; "
                             f"start anew with --init {path}")
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if training.get("ranks", ranks) != ranks:
+        raise ColorizeError(f"--resume {path}: it was trained on {training['ranks']} ranks, not "
+                            f"{ranks}; use as many, or start anew with --init {path}")
     if settings["epochs"] < old["epochs"]:
         raise ColorizeError(f"--resume {path}: it was trained for --epochs {old['epochs']}, not "
                             f"{settings['epochs']}; fewer would change its past")
@@ -506,7 +505,7 @@ def check_settings(s: dict) -> None:
                         f"not {s['loss']}")
     if s["loss"] == "bins" and s["chroma_weight"]:
         raise FlagError("--chroma_weight goes with the regressions; with bins use --rebalance")
-    if s["loss"] == "gan" and s["init"] == "none":
+    if s["loss"] == "gan" and s["init"] in ("none", "imagenet"):
         raise FlagError("--loss gan starts from a trained generator: name one with --init PATH")
 
 
@@ -596,5 +595,6 @@ def train(*, data: Path = Path("data/input"), out: Path = Path("checkpoints"), e
         if distributed.is_initialized():
             distributed.destroy_process_group()
     if rank == 0:
-        what = "the last epoch" if final else f"best validation loss {training.best:.4g}"
+        last_is_best = final or loss == "gan"
+        what = "the last epoch" if last_is_best else f"best validation loss {training.best:.4g}"
         print(f"{out / 'best_model.tar'}: {what}")

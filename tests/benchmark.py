@@ -129,7 +129,7 @@ def benchmark_build(folder: Path) -> None:
     files = {path: [f"train/{path.name}", 0, 0] for path in paths}
     (folder / "build" / "processed").mkdir()
     array = folder / "build" / "processed" / "train.npy"
-    ours = len(paths) / seconds(lambda: build_array(array, files, "x", threads))
+    ours = len(paths) / seconds(lambda: build_array(array, files, {}, threads))
     report("building arrays over Pillow's bare decode, 12-megapixel JPEG", ratio(ours, bare), "0.4")
 
 

@@ -13,7 +13,7 @@ from skimage.color import rgb2lab
 import basic_model
 from basic_model import (ColorNet, Discriminator, annealed_mean, color_bins, encoder_levels,
                          initialize, load_checkpoint, rarity_weights, read_tensors,
-                         save_checkpoint, soft_encode)
+                         save_checkpoint, soft_encode, starting_checkpoint)
 from colorize_data import ColorizeError, in_gamut
 
 
@@ -56,12 +56,12 @@ def test_levels_of_resnet18_are_its_last_nodes_before_each_stride():
     assert [node for node, _, _ in levels][2:] == [f"layer{n}.1.relu_1" for n in (2, 3, 4)]
 
 
-@pytest.mark.parametrize("stages, stride", [(2, 8), (3, 16), (4, 32)])
+@pytest.mark.parametrize("stages, stride", [(2, 8), (3, 16)])
 def test_stages_set_the_last_stride(stages, stride):
     assert encoder_levels(torchvision.models.resnet18(), stages)[-1][2] == stride
 
 
-@pytest.mark.parametrize("encoder", ["resnet19", "squeezenet1_1"])
+@pytest.mark.parametrize("encoder", ["resnet19", "squeezenet1_1", "vit_b_16"])
 def test_an_encoder_that_does_not_fit_is_named(encoder):
     with pytest.raises(ColorizeError, match="--encoder"):
         ColorNet(encoder)
@@ -152,10 +152,15 @@ def test_weights_that_are_not_finite_are_refused(checkpoints, tmp_path):
         load_checkpoint(tmp_path / "bad.tar")
 
 
+def start(model, init):
+    """As train begins."""
+    return initialize(model, init, starting_checkpoint(init, model.arguments["encoder"]))
+
+
 def test_initializing_takes_what_matches(checkpoints, tmp_path, monkeypatch):
     source, _ = load_checkpoint(checkpoints["bins"])
     model = ColorNet(stages=2, head="ab")  # another head, one block more
-    words, trained = initialize(model, str(checkpoints["bins"]))
+    words, trained = start(model, str(checkpoints["bins"]))
     assert "blocks.0.0.weight" in trained and "head.weight" not in trained
     assert f"{len(trained)} of {len(model.state_dict())} tensors" in words
     assert torch.equal(model.blocks[0][0].weight, source.blocks[0][0].weight)
@@ -163,14 +168,14 @@ def test_initializing_takes_what_matches(checkpoints, tmp_path, monkeypatch):
     encoder = torchvision.models.resnet18().state_dict()
     halved = {name: w.half() if w.ndim > 1 else w for name, w in encoder.items()}
     torch.save(halved, tmp_path / "encoder.pth")
-    assert "encoder.conv1.weight" in initialize(model, str(tmp_path / "encoder.pth"))[1]
+    assert "encoder.conv1.weight" in start(model, str(tmp_path / "encoder.pth"))[1]
     taken = model.encoder.state_dict()["conv1.weight"]
     assert torch.equal(taken, encoder["conv1.weight"].half().float())
 
     torch.save({"other": torch.zeros(2)}, tmp_path / "other.pth")
     with pytest.raises(ColorizeError, match="none of its tensors"):
-        initialize(model, str(tmp_path / "other.pth"))
-    assert initialize(model, "none") == ("random weights", set())
+        start(model, str(tmp_path / "other.pth"))
+    assert start(model, "none") == ("random weights", set())
 
 
 def test_a_damaged_checkpoint_is_no_start(checkpoints, tmp_path):
@@ -178,12 +183,18 @@ def test_a_damaged_checkpoint_is_no_start(checkpoints, tmp_path):
     del contents["colors"]["saturation"]
     torch.save(contents, tmp_path / "old.tar")
     with pytest.raises(ColorizeError, match="--init .*old.tar.*'colors'"):
-        initialize(ColorNet(stages=2), str(tmp_path / "old.tar"))
+        start(ColorNet(stages=2), str(tmp_path / "old.tar"))
+
+
+def test_a_checkpoint_of_another_encoder_is_no_start(checkpoints):
+    with pytest.raises(ColorizeError, match="its encoder is resnet18, not vgg11; add --encoder"):
+        start(ColorNet("vgg11", stages=2), str(checkpoints["bins"]))
 
 
 def test_auto_starts_from_the_shipped_checkpoint_if_its_encoder_fits(checkpoints, monkeypatch):
     monkeypatch.setattr(basic_model, "PRETRAINED", checkpoints["ab"])
-    assert "head.weight" in initialize(ColorNet(stages=2), "auto")[1]
+    assert "head.weight" in start(ColorNet(stages=2), "auto")[1]
+    assert basic_model.starting_checkpoint("auto", "vgg11") == {}
 
 
 def test_imagenet_weights_that_cannot_be_fetched_are_said_in_one_line(monkeypatch, capsys):
@@ -194,6 +205,6 @@ def test_imagenet_weights_that_cannot_be_fetched_are_said_in_one_line(monkeypatc
             raise urllib.error.URLError("no network")
         return get_model(name)
     monkeypatch.setattr(torchvision.models, "get_model", unreachable)
-    assert initialize(ColorNet(stages=2), "imagenet") == ("random weights", set())
+    assert start(ColorNet(stages=2), "imagenet") == ("random weights", set())
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "ImageNet" in said and "--init PATH" in said

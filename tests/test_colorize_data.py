@@ -180,8 +180,8 @@ def test_metadata_and_alpha_go_from_any_format_to_any_other(tmp_path, source, na
     assert (source, name) != ("x.png", "y.png") or written.text["Title"] == "写真 фото"
 
 
-@pytest.mark.parametrize("place", ["y.txt", "y", "y.psd", "file.png/y.png", "folder.png", "y.webp",
-                                   "x" * 300 + ".png"])
+@pytest.mark.parametrize("place", ["y.txt", "y", "y.psd", "y.gif", "file.png/y.png", "folder.png",
+                                   "y.webp", "x" * 300 + ".png"])
 def test_a_place_that_cannot_be_written_is_named_and_nothing_is_left(tmp_path, place):
     (tmp_path / "file.png").write_bytes(b"precious")
     (tmp_path / "folder.png").mkdir()
@@ -341,6 +341,7 @@ def test_a_share_is_set_aside_for_validation_that_added_photographs_never_move(t
     second = split_of(range(30, 40))
     assert len(second) == 40 and second.pop("train/renamed.png") == first.pop("train/0.png")
     assert first.items() <= second.items()
+    assert prepare(tmp_path)["val"] == prepare(tmp_path, 0.3)["val"]  # what was asked for is kept
 
 
 def test_nothing_to_learn_from_and_a_disk_too_small_are_named(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import math
-import os
+import re
 import shutil
 import tarfile
 import zipfile
@@ -126,11 +126,16 @@ def report(photos, checkpoints, tmp_path_factory):
     return out, printed.getvalue()
 
 
-def test_the_table_has_both_baselines_and_both_models(report, checkpoints):
+def test_the_table_has_a_column_a_method_and_a_row_a_score(report, checkpoints):
     lines = report[1].splitlines()
-    rows = [line.split("  ")[0] for line in lines[2:6]]
-    assert rows == ["gray", "mean ab for each L", str(checkpoints["bins"]), str(checkpoints["ab"])]
-    assert lines[0].startswith("4 photographs") and "CIEDE2000" in lines[1]
+    assert lines[0].startswith("4 photographs")
+    assert re.split("  +", lines[1].strip()) == [
+        "gray", "mean ab for each L", str(checkpoints["bins"]), str(checkpoints["ab"])]
+    assert [line[:20].strip() for line in lines[2:10]] == [
+        heading for heading, _ in evaluate.SCORES.values()]
+    written = json.loads((report[0] / "evaluation.json").read_text())["summary"]
+    expected = written[str(checkpoints["ab"])]["ciede2000"]
+    assert lines[4].endswith("{mean:.2f} +-{interval95:.2f}".format(**expected))
 
 
 def test_json_and_csv_hold_every_score(report, checkpoints):
@@ -263,6 +268,16 @@ def test_the_split_is_the_same_again_and_added_files_move_none(tmp_path):
     assert set(first) < set(files(tmp_path / "data")) and len(files(tmp_path / "data")) == 40
 
 
+def test_other_photographs_of_the_same_names_are_taken_too(tmp_path):
+    for folder in ("one", "two"):
+        path = tmp_path / folder / "1.png"
+        path.parent.mkdir()
+        made_photo(0, 64 if folder == "one" else 96, 64).save(path)
+        evaluate.import_photos(path.parent, tmp_path / "data", 1e-9)
+    assert len(files(tmp_path / "data")) == 2
+    assert "train/1.png" in files(tmp_path / "data")
+
+
 def test_another_fraction_puts_no_photograph_into_both(tmp_path):
     source = make_set(tmp_path / "flowers", FLOWERS)
     for fraction in (0.1, 0.6):
@@ -271,9 +286,9 @@ def test_another_fraction_puts_no_photograph_into_both(tmp_path):
 
 
 @pytest.mark.parametrize("names, expected", [
-    (["set/train/cat/0.png", "set/valid/cat/1.png", "set/train/dog/2.png"],
+    (["set/Train/cat/0.png", "set/valid/cat/1.png", "set/Train/dog/2.png"],
      ["train/cat/0.png", "train/dog/2.png", "val/cat/1.png"]),
-    (["train/0.png", "validation/1.png"], ["train/0.png", "val/1.png"]),
+    (["train/0.png", "test/1.png"], ["train/0.png", "val/1.png"]),
     (["train/cat/0.png", "train/dog/1.png"], ["train/cat/0.png", "train/dog/1.png"]),
     (["val/cat/0.png", "val/cat/1.png"], ["val/cat/0.png", "val/cat/1.png"])])
 @pytest.mark.parametrize("kind", ["zip", "folder"])
@@ -360,12 +375,6 @@ def test_an_archive_larger_than_the_disk_is_refused(tmp_path, monkeypatch):
     assert files(tmp_path / "data") == []
 
 
-def test_links_in_a_folder_that_loop_end(tmp_path):
-    source = make_set(tmp_path / "flowers", FLOWERS[:3])
-    os.symlink(source, source / "rose" / "again")
-    evaluate.import_photos(source, tmp_path / "data", 0.5)
-    assert len(files(tmp_path / "data")) == 3
-
 
 # ----------------------------------------------------------------------------------- curves
 
@@ -381,7 +390,9 @@ def test_curves_are_a_picture_of_panels_two_a_row(tmp_path, rows, panels):
     evaluate.draw_curves(tmp_path / "curves.png", history)
     picture = Image.open(tmp_path / "curves.png")
     assert picture.size == (1040, 300 * math.ceil(panels / 2))
-    assert len(picture.getcolors(1 << 16)) > 3
+    blue = (np.asarray(picture) == (0x1f, 0x5f, 0xbf)).all(axis=-1).sum()  # of the first curves
+    finite = sum(math.isfinite(row["loss"]) for row in rows)
+    assert blue > (200 if finite > 1 else 0)
 
 
 def test_history_is_a_row_an_epoch(tmp_path):

@@ -16,10 +16,9 @@ import torch
 from PIL import Image
 from conftest import ROOT
 
-from basic_model import color_bins, load_checkpoint, read_tensors
+from basic_model import BinsLoss, color_bins, color_statistics, load_checkpoint, read_tensors
 from colorize_data import ColorizeData, ColorizeError, FlagError, prepare
-from train import (BinsLoss, Training, color_statistics, ema_update, learning_rate, regression_loss,
-                   scene_loss, train)
+from train import Training, ema_update, learning_rate, regression_loss, scene_loss, train
 
 TINY = {"size": 64, "stages": 2, "init": "none", "epochs": 2, "batch_size": 3, "device": "cpu"}
 
@@ -213,6 +212,8 @@ def test_a_regression_from_a_bins_checkpoint_fits_its_mean_and_keeps_its_colours
                                                                                  checkpoints):
     contents = run(photos, tmp_path, init=str(checkpoints["bins"]), epochs=1)
     assert contents["model"]["head"] == "bins" and contents["training"]["settings"]["lr"] == 2e-4
+    # the last of three steps, one of them warm-up: half of the peak, whatever the groups' shares
+    assert contents["resume"]["history"][0]["lr"] == pytest.approx(1e-4)
     before = read_tensors(checkpoints["bins"])
     assert contents["colors"]["temperature"] == before["colors"]["temperature"]
     assert not torch.equal(contents["weights"]["head.weight"], before["weights"]["head.weight"])
@@ -276,6 +277,13 @@ def test_resuming_names_the_setting_that_differs(change, said, photos, tmp_path)
         change = {"data": tmp_path / "other"}
     with pytest.raises(ColorizeError, match=said):
         train(**{"data": photos, "out": tmp_path / "out"} | TINY | {"resume": "auto"} | change)
+
+
+def test_resuming_on_another_number_of_ranks_is_refused(photos, tmp_path, monkeypatch):
+    run(photos, tmp_path, epochs=1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ColorizeError, match="1 ranks, not 2"):
+        run(photos, tmp_path, resume="auto", epochs=2)
 
 
 def test_longer_epochs_are_allowed_and_said(photos, tmp_path, capsys):
