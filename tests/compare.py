@@ -26,9 +26,9 @@ from train import train  # noqa: E402
 BATCH, SIZE, SCORED = 32, 128, 400
 RUNS = {  # name: flags beside those that all share
     "mse": {}, "l1": {"loss": "l1"}, "huber": {"loss": "huber"},
-    "huber, chroma weight 2": {"loss": "huber", "chroma_weight": 2.0},
+    "huber, chroma 2": {"loss": "huber", "chroma_weight": 2.0},
     "bins": {"loss": "bins"}, "bins, rebalance 0.5": {"loss": "bins", "rebalance": 0.5},
-    "bins, class weight 0.0033": {"loss": "bins", "class_weight": 1 / 300},
+    "bins, classes": {"loss": "bins", "class_weight": 1 / 300},
     "mse, plain": {"decoder": "plain"}, "mse, dense": {"decoder": "dense"},
     "mse, frozen encoder": {"freeze_encoder": True},
     "mse, seed 1": {"seed": 1}, "mse, seed 2": {"seed": 2},
@@ -36,17 +36,19 @@ RUNS = {  # name: flags beside those that all share
 
 
 @torch.inference_mode()
-def scores(model, val: ColorizeData, temperature: float | None) -> dict:
-    """Means over the first SCORED photographs of a fair sample of val."""
+def scores(predict, val: ColorizeData) -> str:
+    """PSNR, CIEDE2000 and colourfulness over the truth's of predict: L -> ab, as table cells."""
     rows = []
     for n in range(len(val)):
         stored, _ = val.__getitems__([n])
         lab = decode_lab(stored)
-        ab = model.predict(lab[:, :1], temperature)
+        ab = predict(lab[:, :1])
         made, true = (np.asarray(picture_of(lab[0, 0].numpy(), x[0].permute(1, 2, 0).numpy()))
                       for x in (ab, lab[:, 1:]))
         rows.append(score(made, true))
-    return summarize(rows)
+    summary = summarize(rows)
+    return " | ".join("{:.2f} ± {:.2f}".format(*summary[k])
+                      for k in ("psnr", "ciede2000", "ratio"))
 
 
 def main(data: str, init: str, out: str, steps: str = "1000") -> None:
@@ -57,6 +59,8 @@ def main(data: str, init: str, out: str, steps: str = "1000") -> None:
     samples = [working_copy(read_photo(path).image, 192)
                for path in find_photos(ROOT / "data" / "input" / "val")]
     tiles, captions, blank = [], [], [""] * (len(samples) - 1)
+    gray = scores(lambda L: torch.zeros_like(L).expand(-1, 2, -1, -1), val)
+    print(f"| plain gray | | | {gray} |", flush=True)
     for name, flags in RUNS.items():
         folder = Path(out, name.replace(", ", "_").replace(" ", ""))
         if not (folder / "best_model.tar").exists():
@@ -66,10 +70,9 @@ def main(data: str, init: str, out: str, steps: str = "1000") -> None:
         rate = contents["training"]["scores"]["images_per_second"]
         size = sum(p.numel() for p in model.parameters()) / 1e6
         for temperature in (1.0, 0.5, 0.25) if model.arguments["head"] == "bins" else (None,):
-            found = scores(model, val, temperature)
+            found = scores(lambda L: model.predict(L, temperature), val)
             label = name + (f", T {temperature}" if temperature else "")
-            cells = ["{:.2f} ± {:.2f}".format(*found[k]) for k in ("psnr", "ciede2000", "ratio")]
-            print(f"| {label} | {size:.1f} | {rate:.0f} | " + " | ".join(cells) + " |", flush=True)
+            print(f"| {label} | {size:.1f} | {rate:.0f} | {found} |", flush=True)
         if "seed" not in name:
             tiles += [colorize(model, sample, SIZE) for sample in samples]
             captions += [name, *blank]
