@@ -27,8 +27,8 @@ from torch.nn import functional as F
 from basic_model import (PRETRAINED, ColorNet, choose_device, load_checkpoint, predict, tilt,
                          upsample)
 from colorize_data import (MIN_CHROMA, VERSION, ColorizeError, FlagError, Photo, content_hash,
-                           find_photos, gray_to_L, into_gamut, lab_to_rgb, ordered_map,
-                           picture_sheet, read_photo, rgb_to_lab, say, write_photo)
+                           find_photos, gray_to_L, into_gamut, lab_to_linear, linear_to_srgb,
+                           ordered_map, picture_sheet, read_photo, rgb_to_lab, say, write_photo)
 
 STRIP = 1 << 20           # pixels of a strip: what is in memory at full resolution at a time
 BATCH = 1 << 20           # pixels at working resolution that the network sees at once
@@ -304,7 +304,7 @@ def finish(image: Image.Image, small: np.ndarray, ab: np.ndarray, hints: tuple =
         for correct in corrections:
             correct(L, colors, top)
         colors = into_gamut(L, colors)
-        rgb = lab_to_rgb(np.concatenate([L[..., None], colors], axis=-1))
+        rgb = linear_to_srgb(lab_to_linear(L, colors))
         pixels = np.rint(rgb * (65535 if deep else 255)).astype(np.uint16 if deep else np.uint8)
         return top, pixels, colors.sum(axis=0).sum(axis=0, dtype=np.float64)
     total = np.zeros(2)
