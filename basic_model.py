@@ -23,6 +23,7 @@ MIN_INPUT = 32       # smaller inputs are padded
 BIN_STEP = 10        # ab units (Zhang et al. 2016)
 # the decoder's channels at each stride, the same for any encoder
 WIDTHS = {32: 384, 16: 256, 8: 192, 4: 128, 2: 48, 1: 24}
+SQUEEZED = 32        # channels of each earlier stage in a dense decoder
 NEIGHBOURS, SIGMA = 5, 5.0  # of the soft encoding (Zhang et al. 2016)
 PRETRAINED = Path(__file__).parent / "checkpoints" / "pretrained.tar"
 
@@ -198,9 +199,9 @@ class ColorNet(nn.Module):
     """Encoder, decoder and head of a colorizer.
 
     encoder: a classifier of torchvision. decoder: unet (joins the encoder's skips), plain (none) or
-    dense (skips and all earlier stages). head: ab or bins. stages: 2, 3, 4, the encoder ends at
-    stride 8, 16, 32. classes: scene classes to tell besides. colors: bins (Q, 2), prior (Q,),
-    temperature and saturation of a bins head; a fresh grid with an even prior if not given.
+    dense (skips, and all earlier stages through 1x1 convolutions). head: ab or bins. stages: 2, 3,
+    4, the encoder ends at stride 8, 16, 32. classes: scene classes to tell besides. colors: bins
+    (Q, 2), prior (Q,), temperature and saturation of a bins head; else a grid with an even prior.
     """
 
     def __init__(self, encoder: str = "resnet18", decoder: str = "unet", head: str = "ab",
@@ -231,10 +232,13 @@ class ColorNet(nn.Module):
         for _, channels, stride in reversed(skips):
             if head == "bins" and stride < 4:
                 break
-            joined = sum(seen) if decoder == "dense" else seen[-1]
-            width = WIDTHS[stride]
-            self.blocks.append(conv_block(joined + (0 if decoder == "plain" else channels), width))
+            joined, width = seen[-1], WIDTHS[stride]
+            joined += channels if decoder != "plain" else 0
+            joined += SQUEEZED * (len(seen) - 1) if decoder == "dense" else 0
+            self.blocks.append(conv_block(joined, width))
             seen.append(width)
+        self.squeeze = nn.ModuleList(  # of what stages further up see of earlier ones
+            nn.Conv2d(n, SQUEEZED, 1) for n in seen[:-2] if decoder == "dense")
         self.head = nn.Conv2d(width, len(self.bins) if head == "bins" else 2, 1)
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)  # an ab head starts gray, a bins head at the prior
@@ -256,14 +260,15 @@ class ColorNet(nn.Module):
         levels = list(self.encoder(((L / 100) - self.mean) / self.std).values())
         x = self.bottleneck(levels[-1])
         x = x + F.relu(self.context(x.mean(dim=(2, 3))))[:, :, None, None]
-        seen = [x]
-        for block, skip in zip(self.blocks, reversed(levels[:-1])):
-            sources = seen if self.arguments["decoder"] == "dense" else seen[-1:]
-            joined = [upsample(source, skip.shape[-2:]) for source in sources]
+        earlier = []
+        for i, (block, skip) in enumerate(zip(self.blocks, reversed(levels[:-1]))):
+            joined = [upsample(source, skip.shape[-2:]) for source in (x, *earlier)]
             if self.arguments["decoder"] != "plain":
                 joined.append(skip)
-            seen.append(block(torch.cat(joined, dim=1)))
-        output = self.head(seen[-1])
+            if i < len(self.squeeze):
+                earlier.append(self.squeeze[i](x))
+            x = block(torch.cat(joined, dim=1))
+        output = self.head(x)
         if self.arguments["head"] == "bins":
             size = -(-L.shape[-2] // 4), -(-L.shape[-1] // 4)
             if output.shape[-2:] != size:  # encoders that round down
