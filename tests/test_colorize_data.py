@@ -337,9 +337,12 @@ def test_a_share_is_set_aside_for_validation_that_added_photographs_never_move(t
     (tmp_path / "train").mkdir()
     first = split_of(range(30))
     assert len(first) == 30 and 3 <= list(first.values()).count("val") <= 16
-    (tmp_path / "train" / "0.png").rename(tmp_path / "train" / "renamed.png")
+    for i in range(9):
+        (tmp_path / "train" / f"{i}.png").rename(tmp_path / "train" / f"renamed{i}.png")
     second = split_of(range(30, 40))
-    assert len(second) == 40 and second.pop("train/renamed.png") == first.pop("train/0.png")
+    assert len(second) == 40
+    for i in range(9):
+        assert second.pop(f"train/renamed{i}.png") == first.pop(f"train/{i}.png")
     assert first.items() <= second.items()
     assert prepare(tmp_path)["val"] == prepare(tmp_path, 0.3)["val"]  # what was asked for is kept
 
