@@ -15,8 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-from colorize_data import (VERSION, ColorizeData, ColorizeError, FlagError, in_gamut, say,
-                           write_whole)
+from photo import VERSION, ColorizeError, in_gamut, say, write_atomically
 
 AB_SCALE = 110.0     # the ab head's raw output, and the losses, are ab/110
 MIN_INPUT = 32       # smaller inputs are padded
@@ -27,6 +26,8 @@ SQUEEZED = 32        # channels of each earlier stage in a dense decoder
 NEIGHBOURS, SIGMA = 5, 5.0  # of the soft encoding (Zhang et al. 2016)
 PRETRAINED = Path(__file__).parent / "checkpoints" / "pretrained.tar"
 
+
+# ----------------------------------------------------------------------------- colour bins
 
 def color_bins() -> torch.Tensor:
     """Centres (Q, 2) of the cells of 10 ab units that hold some sRGB colour (Zhang et al. 2016)."""
@@ -45,35 +46,8 @@ def soft_encode(ab: torch.Tensor, bins: torch.Tensor) -> tuple[torch.Tensor, tor
 
     sigma 5 ab units; the nearest bin comes first (Zhang et al. 2016, section 2.2).
     """
-    distance, nearest = torch.cdist(ab, bins).topk(NEIGHBOURS, dim=1, largest=False)
+    distance, nearest = torch.cdist(ab, bins).topk(NEIGHBOURS, dim=1, max_over_ranks=False)
     return nearest, torch.softmax(-distance ** 2 / (2 * SIGMA ** 2), dim=1)
-
-
-def rarity_weights(prior: torch.Tensor, rebalance: float) -> torch.Tensor:
-    """Class weights 1/((1-r)*prior + r/Q), mean 1 under the prior (Zhang et al. 2016, eq. 4)."""
-    weights = 1 / ((1 - rebalance) * prior + rebalance / len(prior))
-    return weights / (prior * weights).sum()
-
-
-def color_statistics(photographs: ColorizeData,
-                     bins: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The bins' prior (Q,), smoothed by soft encoding, and the mean ab of each whole L (101, 2).
-
-    Counted over every 16th pixel of the photographs.
-    """
-    histogram, total, count = np.zeros(65536), np.zeros((101, 2)), np.zeros(101)
-    for row in photographs.chosen:
-        L, a, b = photographs.stored(row)[::4, ::4].reshape(-1, 3).T.astype(np.int64)
-        L = (L * 100 + 127) // 255
-        histogram += np.bincount(a * 256 + b, minlength=65536)
-        count += np.bincount(L, minlength=101)
-        total += np.stack([np.bincount(L, c - 128.0, minlength=101) for c in (a, b)], axis=1)
-    nearest, weights = soft_encode(all_stored_ab(), bins)
-    prior = torch.zeros(len(bins), dtype=torch.float64)
-    counted = weights * torch.from_numpy(histogram)[:, None]
-    prior.index_add_(0, nearest.flatten(), counted.flatten().double())
-    mean_ab = total / np.maximum(count, 1)[:, None]
-    return (prior / prior.sum()).float(), torch.from_numpy(mean_ab).float()
 
 
 def all_stored_ab() -> torch.Tensor:
@@ -81,25 +55,13 @@ def all_stored_ab() -> torch.Tensor:
     return torch.cartesian_prod(torch.arange(256.0), torch.arange(256.0)) - 128
 
 
-class BinsLoss(nn.Module):
-    """Cross-entropy of logits (N, Q, ceil(H/4), ceil(W/4)) with soft-encoded ab (N, 2, H, W).
-
-    Each place counts by the rarity of its nearest bin (Zhang et al. 2016, eq. 2).
-    """
-
-    def __init__(self, bins: torch.Tensor, prior: torch.Tensor, rebalance: float):
-        super().__init__()
-        nearest, weights = soft_encode(all_stored_ab(), bins)
-        self.register_buffer("nearest", nearest)
-        self.register_buffer("weights", weights)
-        self.register_buffer("rarity", rarity_weights(prior, rebalance))
-
-    def forward(self, logits: torch.Tensor, ab: torch.Tensor) -> torch.Tensor:
-        ab = F.avg_pool2d(ab, 4, ceil_mode=True, count_include_pad=False).round().long() + 128
-        key = ab[:, 0] * 256 + ab[:, 1]
-        nearest, soft = (table[key].permute(0, 3, 1, 2) for table in (self.nearest, self.weights))
-        log_probability = torch.log_softmax(logits.float(), dim=1).gather(1, nearest)
-        return (-(soft * log_probability).sum(dim=1) * self.rarity[nearest[:, 0]]).mean()
+def bins_prior(histogram: np.ndarray, bins: torch.Tensor) -> torch.Tensor:
+    """The bins' prior (Q,), smoothed by soft encoding, from counts (256, 256) of stored a and b."""
+    nearest, weights = soft_encode(all_stored_ab(), bins)
+    prior = torch.zeros(len(bins), dtype=torch.float64)
+    counted = weights * torch.from_numpy(histogram).reshape(-1, 1)
+    prior.index_add_(0, nearest.flatten(), counted.flatten().double())
+    return (prior / prior.sum()).float()
 
 
 def annealed_mean(logits: torch.Tensor, bins: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -109,45 +71,6 @@ def annealed_mean(logits: torch.Tensor, bins: torch.Tensor, temperature: float) 
     """
     probability = torch.softmax(logits.float() / temperature, dim=1)
     return torch.einsum("nqhw,qc->nchw", probability, bins)
-
-
-def tilt(probability: np.ndarray, colors: np.ndarray, target: np.ndarray,
-         start: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Move the mean colour of distributions by the smallest change in relative entropy.
-
-    probability (P, Q), colors (Q, 2), target (2,): p'(q) ~ p(q) exp(lambda . c_q) with one lambda
-    for all P, by Newton with step control on the convex mean log-partition less lambda . target,
-    whose gradient is (mean - target) and whose Hessian is the mean covariance. Returns p' and
-    lambda. Out of reach: the nearest that was found.
-    """
-    probability, colors = probability.astype(np.float64), colors.astype(np.float64)
-    products = np.einsum("qi,qj->qij", colors, colors).reshape(-1, 4)
-    vector = np.zeros(2) if start is None else start
-
-    def tilted(vector):
-        exponent = colors @ vector
-        weighted = probability * np.exp(exponent - exponent.max())
-        total = np.maximum(weighted.sum(axis=1, keepdims=True), 1e-300)
-        value = float(np.log(total).mean() + exponent.max() - vector @ target)
-        return weighted / total, value
-    current, value = tilted(vector)
-    for _ in range(50):
-        means = current @ colors
-        gradient = means.mean(axis=0) - target
-        if np.linalg.norm(gradient) < 0.02:
-            break
-        covariance = (current @ products).mean(axis=0).reshape(2, 2) - means.T @ means / len(means)
-        step = np.linalg.solve(covariance + 1e-4 * np.eye(2), gradient)
-        step *= min(1.0, 0.2 / np.linalg.norm(step))  # exp(0.2 * 110) is already the whole range
-        for _ in range(20):
-            trial, trial_value = tilted(vector - step)
-            if trial_value < value - 1e-4 * (step @ gradient):
-                break
-            step = step / 2
-        else:
-            break
-        vector, current, value = vector - step, trial, trial_value
-    return current, vector
 
 
 # --------------------------------------------------------------------------------- network
@@ -292,28 +215,6 @@ class ColorNet(nn.Module):
         return self.decode(self(L), L.shape[-2:], temperature)
 
 
-@torch.inference_mode()
-def predict(model: ColorNet, L: np.ndarray, vividness: float = 1.0) -> np.ndarray:
-    """L (N, h, w) to probabilities (N, Q, ceil(h/4), ceil(w/4)) of a bins head or ab (N, 2, h, w).
-
-    The mean of the predictions for the photograph and for its mirror image, on the CPU. vividness:
-    divides the temperature of a bins head. Raises FlagError, or ColorizeError without the memory.
-    """
-    if vividness != 1 and model.arguments["head"] != "bins":
-        raise FlagError("--vividness needs a checkpoint trained with --loss bins; use --saturation")
-    device = next(model.parameters()).device
-    gray = torch.from_numpy(np.ascontiguousarray(L))[:, None].to(device)
-    try:
-        output = model(torch.cat([gray, gray.flip(-1)])).float()
-    except torch.OutOfMemoryError:
-        raise ColorizeError(f"the {device.type} ran out of memory: a smaller --size, "
-                            "or --device cpu") from None
-    if model.arguments["head"] == "bins":
-        output = torch.softmax(output * (vividness / model.temperature), dim=1)
-    plain, mirrored = output.chunk(2)
-    return ((plain + mirrored.flip(-1)) / 2).cpu().numpy()
-
-
 class Discriminator(nn.Module):
     """Real or made up, patch by patch, of Lab (N, 3, H, W) in CIE units (Isola et al. 2017)."""
 
@@ -388,7 +289,7 @@ def save_checkpoint(path: Path, model: ColorNet, weights: dict | None = None, **
         except RuntimeError as error:  # torch's writer turns a failed write into one of these
             cause = error.__context__
             raise cause if isinstance(cause, OSError) else OSError(str(error))
-    write_whole(Path(path), write)
+    write_atomically(Path(path), write)
 
 
 def read_tensors(path: Path) -> dict:

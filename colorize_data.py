@@ -1,374 +1,41 @@
-"""Photographs in and out: reading, Lab and gamut, the stored arrays, batches, picture sheets.
+"""A folder or an archive of photographs -> arrays of Lab -> batches; the data command.
 
-Used by every command; the arrays are built by train, or by itself: python main.py data
-
-Units: L is 0..100, ab are CIE units, Lab is that of sRGB under D65 and the 2-degree observer.
+    python main.py data --source photos.zip        # import, build the arrays, report
 """
 
 import contextlib
-import errno
 import hashlib
 import json
+import lzma
 import os
 import shutil
 import stat
-import sys
-import time
-import warnings
-from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections import Counter
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as transforms
 
-VERSION = "1.0"
+from photo import (MIN_CHROMA, ColorizeError, FlagError, content_hash, find_photos, gray_to_L,
+                   lab_to_image, lab_to_rgb, ordered_map, picture_sheet, progress, read_photo,
+                   rgb_to_lab, say, write_atomically)
+
 ARRAY_FORMAT = 1   # of DATA/processed; a change rebuilds the arrays
 SIDE = 256         # stored photographs are SIDE x SIDE
 MIN_SIDE = 64      # smaller photographs teach little
-MIN_CHROMA = 2.0   # mean chroma under this: a gray photograph teaches gray
-MAX_MEGAPIXELS = 300
-Image.init()
-FORMATS = [kind for kind in Image.ID  # of photographs; an EPS would be run by Ghostscript
-           if kind not in {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "FITS"}]
-QUALITY = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True},
-           "AVIF": {"quality": 95, "subsampling": "4:4:4"}}
-SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-# what EXIF says of the photograph; the other tags tell how one file lays out its pixels
-KEPT_TAGS = {ExifTags.Base[name] for name in (
-    "DocumentName", "ImageDescription", "Make", "Model", "DateTime", "Artist", "Copyright",
-    "XResolution", "YResolution", "ResolutionUnit", "ExifOffset", "GPSInfo", "PageName")}
+MAX_MEMBER = 300 << 20  # bytes of a photograph in an archive
+MAX_RATIO = 200         # of an archive's contents to its own size, from 1 MB on
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "val"}
 
-warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged metadata: the pixels matter
 
-
-class ColorizeError(Exception):
-    """A mistake that the user can mend; its text names the file or flag and the remedy."""
-
-
-class FlagError(ColorizeError):
-    """A flag's value that makes no sense, or flags that contradict each other."""
-
-
-def say(text: str) -> None:
-    """Progress and remarks go to standard error, results to standard output."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def progress(items, total: int, label: str):
-    """Pass items through; redraw one line on a terminal, print one every 10 seconds elsewhere."""
-    terminal, start = sys.stderr.isatty(), time.monotonic()
-    last = start
-    for done, item in enumerate(items, 1):
-        yield item
-        now = time.monotonic()
-        if now - last >= (0.2 if terminal else 10) or (done == total and last > start):
-            last = now
-            print("\r\x1b[K" * terminal + f"{label}: {done}/{total} ({done / (now - start):.1f}/s)",
-                  end="" if terminal and done < total else "\n", file=sys.stderr, flush=True)
-
-
-def ordered_map(function, items, workers: int, window: int = 64):
-    """Like map, in threads, in order, with at most `window` results waiting to be taken."""
-    with ThreadPoolExecutor(max(workers, 1)) as pool:
-        waiting = deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) >= window:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-# ---------------------------------------------------------------------------------- colour
-
-# sRGB primaries (IEC 61966-2-1) to XYZ, and the D65 white, as scikit-image has them
-RGB_TO_XYZ = np.array([[0.412453, 0.357580, 0.180423],
-                       [0.212671, 0.715160, 0.072169],
-                       [0.019334, 0.119193, 0.950227]], np.float32)
-WHITE = np.array([0.95047, 1.0, 1.08883], np.float32)
-XYZ_TO_RGB = np.linalg.inv(RGB_TO_XYZ.astype(np.float64)).astype(np.float32)
-
-
-def srgb_to_linear(rgb: np.ndarray) -> np.ndarray:
-    """sRGB (uint8, uint16, or float in 0..1) to linear light in 0..1, float32."""
-    rgb = np.asarray(rgb)
-    if rgb.dtype in (np.uint8, np.uint16):  # a table: there are few values
-        top = np.iinfo(rgb.dtype).max
-        return srgb_to_linear(np.arange(top + 1, dtype=np.float64) / top)[rgb]
-    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((np.maximum(rgb, 0) + 0.055) / 1.055) ** 2.4)
-    return linear.astype(np.float32)
-
-
-def linear_to_srgb(linear: np.ndarray) -> np.ndarray:
-    """Linear light to sRGB, both float32 in 0..1, clipped."""
-    linear = np.clip(linear, 0, 1)
-    return np.where(linear <= 0.0031308, linear * 12.92,
-                    1.055 * linear ** np.float32(1 / 2.4) - np.float32(0.055))
-
-
-def to_8_bit(rgb: np.ndarray) -> np.ndarray:
-    """sRGB float 0..1 to uint8."""
-    return np.rint(np.clip(rgb, 0, 1) * 255).astype(np.uint8)
-
-
-def _lab_curve(t: np.ndarray) -> np.ndarray:
-    return np.where(t > 0.008856, np.cbrt(t), 7.787 * t + np.float32(16 / 116))
-
-
-def rgb_to_lab(rgb: np.ndarray) -> np.ndarray:
-    """sRGB (..., 3), uint8, uint16 or float in 0..1, to CIE Lab (..., 3) float32 (CIE 15:2004)."""
-    f = _lab_curve(srgb_to_linear(rgb) @ RGB_TO_XYZ.T / WHITE)
-    x, y, z = f[..., 0], f[..., 1], f[..., 2]
-    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1).astype(np.float32)
-
-
-def gray_to_L(gray: np.ndarray) -> np.ndarray:
-    """L of gray sRGB values (uint8, uint16, or float in 0..1), any shape, float32 in 0..100."""
-    return 116 * _lab_curve(srgb_to_linear(gray)) - 16
-
-
-def lab_to_linear(L: np.ndarray, ab: np.ndarray) -> np.ndarray:
-    """L (...) and ab (..., 2) to linear sRGB (..., 3), outside 0..1 where out of gamut."""
-    y = (L + 16) / np.float32(116)
-    f = np.stack([y + ab[..., 0] / 500, y, np.maximum(y - ab[..., 1] / 200, 0)], axis=-1)
-    xyz = np.where(f > 0.2068966, f * f * f, (f - np.float32(16 / 116)) / np.float32(7.787))
-    return xyz.astype(np.float32, copy=False) @ (XYZ_TO_RGB * WHITE).T
-
-
-def lab_to_rgb(lab: np.ndarray) -> np.ndarray:
-    """CIE Lab (..., 3) to sRGB (..., 3), float32 in 0..1, clipped."""
-    return linear_to_srgb(lab_to_linear(lab[..., 0], lab[..., 1:]))
-
-
-def in_gamut(L: np.ndarray, ab: np.ndarray) -> np.ndarray:
-    """Whether L (...) and ab (..., 2) is an sRGB colour, with a tolerance in linear light.
-
-    It is 1e-4 above, or white itself would be outside, and less below, where 1e-4 is seen.
-    """
-    linear = lab_to_linear(L, ab)
-    inside = (linear >= -1e-5) & (linear <= 1 + 1e-4)
-    return inside[..., 0] & inside[..., 1] & inside[..., 2]
-
-
-def into_gamut(L: np.ndarray, ab: np.ndarray) -> np.ndarray:
-    """Lower the chroma of colours outside sRGB, at fixed L and hue, by bisection.
-
-    L is (...), ab (..., 2); returns ab (..., 2). Clipping RGB instead would change the lightness.
-    """
-    outside = ~in_gamut(L, ab)
-    L_out, ab_out = L[outside], ab[outside]
-    share = np.zeros_like(L_out)
-    for bit in np.float32(0.5) ** np.arange(1, 13):  # 2^-12 of a chroma of 110 is 0.03 units
-        share += bit * in_gamut(L_out, ab_out * (share + bit)[:, None])
-    result = ab.copy()
-    result[outside] = ab_out * share[:, None]
-    return result
-
-
-def encode_lab(lab: np.ndarray) -> np.ndarray:
-    """CIE Lab (..., 3) to the stored uint8: round(L*255/100), round(a)+128, round(b)+128."""
-    stored = lab * np.array([2.55, 1, 1], np.float32) + np.array([0, 128, 128], np.float32)
-    return np.clip(np.rint(stored), 0, 255).astype(np.uint8)
-
-
-def decode_lab(stored):
-    """Stored uint8 Lab, array (..., 3) or tensor (N, 3, H, W), to float32 L 0..100 and ab."""
-    if isinstance(stored, torch.Tensor):
-        return torch.cat([stored[:, :1] / 2.55, stored[:, 1:].float() - 128], dim=1)
-    return (stored - np.array([0, 128, 128], np.float32)) / np.array([2.55, 1, 1], np.float32)
-
-
-# ------------------------------------------------------------------------ photographs in and out
-
-class Photo(NamedTuple):
-    """One photograph (or page), upright and in sRGB."""
-    image: Image.Image          # mode L, RGB or I;16 (16-bit gray)
-    alpha: Image.Image | None   # mode L
-    info: dict                  # "exif" (Exif object), "dpi", "text": what is written back
-    pages: int                  # of the file
-    note: str                   # what a user should know of the reading, or ""
-
-
-def find_photos(folder: Path) -> list[Path]:
-    """Every photograph below a folder, sorted; hidden and other files are passed over."""
-    extensions = {extension for extension, kind in Image.EXTENSION.items() if kind in FORMATS}
-    found, seen = [], set()
-    for root, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(root)
-        if real in seen:  # links are followed, but a loop of them ends
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        paths = [Path(root, name) for name in names if not name.startswith(".")]
-        found += [path for path in paths if path.suffix.lower() in extensions
-                  and os.path.isfile(path)]  # no pipe, no link to nothing
-    return sorted(found)
-
-
-def read_photo(path: Path, page: int = 0, at_least: int | None = None,
-               max_megapixels: float = MAX_MEGAPIXELS) -> Photo:
-    """Read one photograph (or page of it): upright, sRGB, 16-bit gray kept, alpha set aside.
-
-    `at_least`: a JPEG may be decoded smaller, its sides no less than this. Raises ColorizeError.
-    """
-    Image.MAX_IMAGE_PIXELS = max_megapixels * 1e6  # for what lies inside an icon, too
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise OSError(0, "not a file")
-        with Image.open(path, formats=FORMATS) as image:
-            pages = image.n_frames if image.format == "TIFF" else 1
-            image.seek(page)
-            if image.width * image.height > max_megapixels * 1e6:
-                raise Image.DecompressionBombError
-            if at_least:
-                image.draft(None, (at_least, at_least))
-            return decode_photo(image, pages)
-    except Image.DecompressionBombError:
-        raise ColorizeError(f"{path}: over the limit of {max_megapixels:g} megapixels; reduce it, "
-                            "or raise --max_megapixels") from None
-    except Exception as error:  # Pillow's readers raise many kinds on hostile files
-        reason = getattr(error, "strerror", "") or f"{type(error).__name__}: {str(error)[:80]}"
-        raise ColorizeError(f"{path}: cannot be read as a photograph ({reason}); check the path, "
-                            "or export it again as PNG or JPEG") from None
-
-
-def decode_photo(image: Image.Image, pages: int) -> Photo:
-    """An opened image as Photo."""
-    layout = str(image.tile[:1])  # how the decoder unpacks it; gone once it is loaded
-    image.load()
-    dpi, profile = image.info.get("dpi"), image.info.get("icc_profile")
-    text = {key: value for key, value in (getattr(image, "text", None) or {}).items()
-            if not key.startswith(("XML:", "Raw profile"))}  # these repeat the orientation
-    image, exif = upright(image)
-    alpha = None
-    if image.mode[0] not in "IF" and image.has_transparency_data:
-        gray = image.mode in ("1", "L", "LA", "La")
-        image = image.convert("LA" if gray else "RGBA")
-        image, alpha = image.convert("L" if gray else "RGB"), image.getchannel("A")
-    image, note = to_srgb(image, profile)
-    if image.mode != "I;16" and (";16" in layout.replace("BGR;16", "") or "65535" in layout):
-        note = "; ".join(filter(None, ["16-bit colour was read as 8-bit", note]))
-    info = {"exif": exif, "dpi": dpi if dpi and all(1 < x < 65536 for x in dpi) else None,
-            "text": text}
-    return Photo(image, alpha, info, pages, note)
-
-
-def upright(image: Image.Image) -> tuple[Image.Image, Image.Exif]:
-    """The image turned as its EXIF says, and of that what stays true of a coloured copy."""
-    try:
-        exif = image.getexif()
-        image = ImageOps.exif_transpose(image)
-        for tag in set(exif) - KEPT_TAGS:
-            del exif[tag]
-        exif.tobytes()
-        return image, exif
-    except Exception:  # a damaged block ends in many kinds; the pixels matter
-        return image, Image.Exif()
-
-
-def to_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, str]:
-    """The image as mode L, RGB or I;16 in sRGB, its ICC profile applied; and a note or ""."""
-    mode = image.mode
-    if mode in ("I", "F", "I;16B", "I;16L", "I;16N"):
-        image = to_16_bit(image)
-    elif mode not in ("L", "RGB", "CMYK", "LAB", "I;16"):
-        image = image.convert("L" if mode == "1" else "RGB")
-    plain = image.convert("RGB") if mode == "CMYK" else image
-    if mode == "LAB":  # its own profile is no other
-        profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
-    if not profile:
-        return plain, ""
-
-    def converted(image, **options):
-        return ImageCms.profileToProfile(image, BytesIO(profile), BytesIO(SRGB), outputMode="RGB",
-                                         **options)
-    try:
-        if image.mode not in ("L", "I;16"):
-            return converted(image), ""
-        ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None])  # to find a curve
-        ramp = converted(ramp, flags=ImageCms.Flags.NOOPTIMIZE)  # which is coarse
-        curve = np.asarray(ramp)[0, :, 1]
-        if image.mode == "L":
-            return image.point(curve.tolist()), ""
-        table = np.interp(np.arange(65536) / 257, np.arange(256), curve * 257.0)
-        return Image.fromarray(np.rint(table).astype(np.uint16)[np.asarray(image)]), ""
-    except (ImageCms.PyCMSError, OSError, ValueError):
-        return plain, "its colour profile is damaged or does not fit and was not used"
-
-
-def to_16_bit(image: Image.Image) -> Image.Image:
-    """Modes I;16B, I and F to I;16. I beyond 16 bits and F are scaled from their own range."""
-    values = np.asarray(image)
-    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-        values = np.nan_to_num(values.astype(np.float32), posinf=0, neginf=0)
-        values = (values - values.min()) * (65535 / max(np.ptp(values), 1e-12))
-    return Image.fromarray(values.astype(np.uint16))
-
-
-def write_whole(path: Path, write) -> None:
-    """Call write(temporary path) and rename; on any failure nothing is left."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        os.replace(temporary, path)
-    except (OSError, ValueError) as error:
-        full = getattr(error, "errno", 0) == errno.ENOSPC
-        reason = "the disk is full" if full else getattr(error, "strerror", "") or error
-        raise ColorizeError(f"{path}: cannot be written ({reason}); "
-                            "free some space or name another place") from None
-    finally:
-        with contextlib.suppress(OSError):  # also where its folder is none
-            temporary.unlink()
-
-
-def write_photo(path: Path, pages: list, photo: Photo, description: str = "") -> None:
-    """Write pages (RGB, RGBA; or one uint16 array for a TIFF) in the format of the extension."""
-    kind = Image.registered_extensions().get(path.suffix.lower())
-    if kind not in Image.SAVE or kind in ("GIF", "ICO", "ICNS"):  # few colours, small sizes
-        raise ColorizeError(f"{path}: '{path.suffix}' is no picture format that can be written; "
-                            "use .png, .jpg, .tif or .webp")
-    exif, dpi = photo.info["exif"], photo.info["dpi"]
-    exif[ExifTags.Base.Software] = f"colorize {VERSION}"
-    exif[ExifTags.Base.ImageDescription] = "; ".join(
-        filter(None, [str(exif.get(ExifTags.Base.ImageDescription, "")), description]))
-    options = {"icc_profile": SRGB} | QUALITY.get(kind, {})
-    if kind == "TIFF" and len(pages) > 1:
-        options |= {"save_all": True, "append_images": pages[1:]}
-    metadata = {"exif": exif} | ({"dpi": dpi} if dpi else {})
-    if kind == "PNG":
-        metadata["pnginfo"] = text = PngImagePlugin.PngInfo()
-        own = {"Software": exif[ExifTags.Base.Software], "Description": description}
-        for key, value in (photo.info["text"] | own).items():
-            text.add_itxt(key, str(value))
-
-    def write(temporary):
-        first = pages[0]
-        if isinstance(first, np.ndarray):
-            import tifffile  # comes with scikit-image; Pillow writes no colour of 16 bits
-            texts = [(tag, "s", 0, value.encode("ascii", "replace"), True)
-                     for tag, value in exif.items() if isinstance(value, str)]
-            return tifffile.imwrite(
-                temporary, first, photometric="rgb", software=False, metadata=None, extratags=texts,
-                iccprofile=SRGB, resolution=tuple(map(float, dpi or (72, 72))),
-                resolutionunit="INCH")
-        if first.mode == "RGBA" and kind in ("JPEG", "BMP", "PPM"):
-            first = first.convert("RGB")  # these have no alpha
-        try:
-            first.save(temporary, format=kind, **options, **metadata)
-        except (ValueError, TypeError, KeyError, SystemError) as error:  # of old metadata
-            say(f"{path.name}: written without its old metadata ({error})")
-            first.save(temporary, format=kind, **options)
-    write_whole(path, write)
-
-
-# ------------------------------------------------------------------------------- the arrays
+# ------------------------------------------------------------------------------ the arrays
 
 def prepare(data: Path, val_fraction: float | None = None, workers: int | None = None) -> dict:
     """Build DATA/processed from DATA/train and DATA/val, or reuse it; a manifest for each split.
@@ -416,12 +83,6 @@ def prepare(data: Path, val_fraction: float | None = None, workers: int | None =
     return manifests
 
 
-def content_hash(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def in_validation(path: Path, fraction: float) -> bool:
     """Whether a photograph belongs to validation: by its content, so that others never move it."""
     with contextlib.suppress(OSError):  # it will be counted among the unreadable
@@ -437,6 +98,19 @@ def read_manifest(processed: Path, split: str, fingerprint: str) -> dict | None:
         if (manifest["fingerprint"], len(manifest["photographs"])) == (fingerprint, rows):
             return manifest
     return None
+
+
+def encode_lab(lab: np.ndarray) -> np.ndarray:
+    """CIE Lab (..., 3) to the stored uint8: round(L*255/100), round(a)+128, round(b)+128."""
+    stored = lab * np.array([2.55, 1, 1], np.float32) + np.array([0, 128, 128], np.float32)
+    return np.clip(np.rint(stored), 0, 255).astype(np.uint8)
+
+
+def decode_lab(stored):
+    """Stored uint8 Lab, array (..., 3) or tensor (N, 3, H, W), to float32 L 0..100 and ab."""
+    if isinstance(stored, torch.Tensor):
+        return torch.cat([stored[:, :1] / 2.55, stored[:, 1:].float() - 128], dim=1)
+    return (stored - np.array([0, 128, 128], np.float32)) / np.array([2.55, 1, 1], np.float32)
 
 
 def lab_square(path: Path) -> tuple[np.ndarray | None, str]:
@@ -477,12 +151,12 @@ def build_array(array: Path, files: dict, header: dict, workers: int) -> dict:
             file.seek(0)
             np.lib.format.write_array_header_1_0(file, {
                 "descr": "|u1", "fortran_order": False, "shape": (len(photographs), SIDE, SIDE, 3)})
-    write_whole(array, write)
+    write_atomically(array, write)
     for reason, count in Counter(left_out.values()).items():
         names = [name for name, why in left_out.items() if why == reason][:3]
         say(f"{array.stem}: {count} left out, {reason}: {', '.join(names)}" + ", ..." * (count > 3))
     manifest = header | {"photographs": photographs, "left_out": left_out}
-    write_whole(manifest_path, lambda name: name.write_text(json.dumps(manifest)))
+    write_atomically(manifest_path, lambda name: name.write_text(json.dumps(manifest)))
     return manifest
 
 
@@ -491,6 +165,8 @@ def class_names(manifest: dict) -> list[str]:
     names = sorted({label for *_, label in manifest["photographs"] if label})
     return names if len(names) > 1 else []
 
+
+# --------------------------------------------------------------------------------- batches
 
 class ColorizeData(torch.utils.data.Dataset):
     """Batches of stored Lab, gathered from memory-mapped arrays, one after the other.
@@ -570,21 +246,176 @@ def film_lightness(lab: torch.Tensor, random: np.random.Generator) -> torch.Tens
     return torch.cat([stored[None], lab[1:]])
 
 
-# ----------------------------------------------------------------------------- picture sheets
+def count_colors(photographs: ColorizeData) -> tuple[np.ndarray, np.ndarray]:
+    """Counts (256, 256) of stored a and b, and the mean ab of each whole L (101, 2).
 
-def picture_sheet(tiles: list, columns: int, captions: list[str] | None = None,
-                  side: int = 256) -> Image.Image:
-    """Pictures (Pillow, or uint8 arrays) in a grid, fitted into side x side, captions below."""
-    line, font = 16 if captions else 0, ImageFont.load_default(12)
-    rows = -(-len(tiles) // columns)
-    sheet = Image.new("RGB", (columns * (side + 4) + 4, rows * (side + 4 + line) + 4), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, tile in enumerate(tiles):
-        if not isinstance(tile, Image.Image):
-            tile = Image.fromarray(tile)
-        tile = ImageOps.contain(tile.convert("RGB"), (side, side), Image.Resampling.LANCZOS)
-        x, y = 4 + i % columns * (side + 4), 4 + i // columns * (side + 4 + line)
-        sheet.paste(tile, (x + (side - tile.width) // 2, y + (side - tile.height) // 2))
-        if captions and captions[i]:
-            draw.text((x + side // 2, y + side + 1), captions[i], "black", font, "ma")
-    return sheet
+    Counted over every 16th pixel of the photographs.
+    """
+    histogram, total, count = np.zeros(65536), np.zeros((101, 2)), np.zeros(101)
+    for row in photographs.chosen:
+        L, a, b = photographs.stored(row)[::4, ::4].reshape(-1, 3).T.astype(np.int64)
+        L = (L * 100 + 127) // 255
+        histogram += np.bincount(a * 256 + b, minlength=65536)
+        count += np.bincount(L, minlength=101)
+        total += np.stack([np.bincount(L, c - 128.0, minlength=101) for c in (a, b)], axis=1)
+    return histogram.reshape(256, 256), total / np.maximum(count, 1)[:, None]
+
+
+# ------------------------------------------------------------------------------- importing
+
+def check_members(source: Path, members) -> None:
+    """ColorizeError for an archive that reaches outside its folder, holds links, or is a bomb.
+
+    members: (name, bytes, is it a link or a device) each, read one by one: a bomb is not read to
+    its end.
+    """
+    total, free, packed = 0, shutil.disk_usage(source.parent).free, source.stat().st_size
+    for name, size, is_link in members:
+        if is_link or name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/"):
+            raise ColorizeError(f"--source {source}: '{name}' is a link or leads out of the "
+                                "folder; nothing was taken; unpack it yourself if you trust it")
+        total += size
+        if size > MAX_MEMBER or total > MAX_RATIO * max(packed, 1 << 20):
+            raise ColorizeError(f"--source {source}: '{name}' unpacks to {size >> 20} MB, "
+                                f"all so far to {total >> 20} MB, more than photographs do; "
+                                "nothing was taken")
+        if total > free:
+            raise ColorizeError(f"--source {source}: unpacks to over {free >> 20} MB, the space "
+                                "that is free; make room, or unpack it elsewhere")
+
+
+def unpack(source: Path, folder: Path) -> None:
+    """Unpack a zip or tar, checked first; ColorizeError if it is neither, hostile or damaged."""
+    try:
+        if zipfile.is_zipfile(source):
+            with zipfile.ZipFile(source) as archive:
+                check_members(source, (
+                    (i.filename, i.file_size, stat.S_ISLNK(i.external_attr >> 16))
+                    for i in archive.infolist()))
+                archive.extractall(folder)
+        elif tarfile.is_tarfile(source):
+            with tarfile.open(source) as archive:
+                check_members(source, ((i.name, i.size, not (i.isfile() or i.isdir()))
+                                       for i in archive))
+                archive.extractall(folder, filter="data")
+        else:
+            raise ColorizeError(f"--source {source}: neither a zip, a tar nor a folder; "
+                                "check the path")
+    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error,
+            lzma.LZMAError, tarfile.TarError) as error:  # RuntimeError: encrypted, unknown packing
+        raise ColorizeError(f"--source {source}: damaged or encrypted ({error}); get it again, or "
+                            "unpack it yourself and name the folder") from None
+
+
+def import_photos(source: Path, data: Path, val_fraction: float) -> None:
+    """Take the photographs of a zip, tar or folder into DATA/train and DATA/val, classes kept.
+
+    A set that comes with train and val (or test) folders stays split so; else the split is by a
+    hash of each content, so that adding photographs moves none. Those already there, by name and
+    size, are passed over; another of the same name gets a part of its hash into its own.
+    """
+    if not source.exists():
+        raise ColorizeError(f"--source {source}: no such file or folder; check the path")
+    data.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=data, prefix=".import-") as unpacked:
+        folder = source
+        if not source.is_dir():
+            say(f"unpacking {source}")
+            folder = Path(unpacked)
+            unpack(source, folder)
+        counts, paths = Counter(), find_photos(folder)
+        top = Path(os.path.commonpath([path.parent for path in paths])) if paths else folder
+        for parent in (top, *top.parents):  # a set of which only train or val is there
+            if parent.name.lower() in SPLITS and (parent == folder or folder in parent.parents):
+                top = parent.parent
+        for path in progress(paths, len(paths), f"import {source.name}"):
+            name = path.relative_to(top)
+            if len(name.parts) > 1 and name.parts[0].lower() in SPLITS:
+                split, name = SPLITS[name.parts[0].lower()], Path(*name.parts[1:])
+            else:
+                split = "val" if in_validation(path, val_fraction) else "train"
+            of_this_name = [data / other / name for other in ("train", "val")]
+            if any(other.exists() and other.stat().st_size != path.stat().st_size
+                   for other in of_this_name):
+                name = name.with_stem(f"{name.stem}-{content_hash(path)[:8]}")
+            there = any((data / other / name).exists() for other in ("train", "val"))
+            counts["already there" if there else split] += 1
+            if not there:
+                write_atomically(data / split / name, partial(shutil.copyfile, path))
+    taken = ", ".join(f"{n} {what}" for what, n in counts.items()) or "no photograph"
+    say(f"imported {source}: {taken}")
+
+
+def check_overlap(data: Path) -> None:
+    """ColorizeError if a photograph is in both train and val (equal content)."""
+    sizes, splits = {}, {split: find_photos(Path(data) / split) for split in ("train", "val")}
+    for path in splits["val"]:
+        sizes.setdefault(path.stat().st_size, []).append(path)
+    for path in splits["train"]:
+        for other in sizes.get(path.stat().st_size, []):
+            if content_hash(path) == content_hash(other):
+                raise ColorizeError(f"{path} and {other} are the same photograph, in train and "
+                                    "in val; delete one, or scores will flatter")
+
+
+# ----------------------------------------------------------------------------- the command
+
+def data(*, data: Path = Path("data/input"), source: Path | None = None, val_fraction: float = 0.1,
+         workers: int | None = None) -> None:
+    """Import photographs, build the arrays that train reads, and say what is in them.
+
+    data: folder that holds train/ and val/; the arrays are written to its processed/
+    source: a zip, a tar or a folder to import first
+    val_fraction: share set aside for validation, by a hash of the content
+    workers: threads that read photographs; else one for each core
+    """
+    if not 0 < val_fraction < 1:
+        raise FlagError(f"--val_fraction {val_fraction}: must be between 0 and 1")
+    if source is not None:
+        import_photos(Path(source), Path(data), val_fraction)
+    check_overlap(data)
+    manifests = prepare(data, val_fraction, workers)
+    processed = Path(data, "processed")
+    for split, manifest in manifests.items():
+        print(f"{split}: {len(manifest['photographs'])} photographs used")
+        for reason, count in Counter(manifest["left_out"].values()).items():
+            names = [name for name, why in manifest["left_out"].items() if why == reason]
+            print(f"  {count} left out, {reason}: {', '.join(names[:3])}" + ", ..." * (count > 3))
+    counts = Counter(label for *_, label in manifests["train"]["photographs"])
+    classes = ", ".join(f"{name} {counts[name]}" for name in class_names(manifests["train"]))
+    print(f"classes: {classes or 'none (no class folders)'}")
+    dataset = ColorizeData([processed / "train.npy"], train=True)
+    histogram, _ = count_colors(dataset)
+    print_colors(histogram)
+    write_preview(processed / "preview.png", dataset, histogram)
+    print(f"{processed / 'preview.png'}: samples as the network sees them (L, ab at L 60, colour) "
+          "and the histogram of ab")
+
+
+def print_colors(histogram: np.ndarray) -> None:
+    """Mean and spread of a and b, from their counts (256, 256)."""
+    axis, total = np.arange(-128, 128), histogram.sum()
+    for name, marginal in (("a", histogram.sum(1)), ("b", histogram.sum(0))):
+        mean = (marginal * axis).sum() / total
+        spread = np.sqrt((marginal * (axis - mean) ** 2).sum() / total)
+        print(f"{name}*: mean {mean:.1f}, spread {spread:.1f}")
+
+
+def ab_histogram(counts: np.ndarray) -> Image.Image:
+    """Counts (256, 256) of stored a and b as a picture: a to the right, b up, brighter is more."""
+    share = np.log1p(counts) / np.log1p(max(counts.max(), 1))
+    b, a = np.meshgrid(np.arange(127, -129, -1.0), np.arange(-128, 128.0), indexing="ij")
+    ab = np.stack([a, b], axis=-1).astype(np.float32)
+    return lab_to_image((share.T[::-1] * 75).astype(np.float32), ab)
+
+
+def write_preview(path: Path, dataset: ColorizeData, histogram: np.ndarray) -> None:
+    """Eight samples as L | ab at L 60 | colour, and the histogram of ab."""
+    stored, _ = dataset.__getitems__(range(min(8, len(dataset))))
+    tiles = []
+    for lab in decode_lab(stored.permute(0, 2, 3, 1).numpy()):
+        L, ab = lab[..., 0], lab[..., 1:]
+        tiles += [lab_to_image(L, 0 * ab), lab_to_image(np.full_like(L, 60), ab), lab_to_image(L, ab)]
+    captions = ["L", "ab at L 60", "colour"] * (len(tiles) // 3) + ["histogram of ab"]
+    sheet = picture_sheet(tiles + [ab_histogram(histogram)], 6, captions, 192)
+    write_atomically(path, lambda name: sheet.save(name, "PNG"))

@@ -1,6 +1,4 @@
-"""Knowing what goes in and how good it is that comes out: data report, metrics, baselines, curves.
-
-    python main.py data --source photos.zip        # import, build the arrays, report
+"""How good the colours are: metrics, baselines, the report, training's curves.
 
     python main.py evaluate --model a.tar,b.tar --image data/input/val
 
@@ -9,16 +7,7 @@ Each photograph is coloured by the code of inference and scored at a short side 
 
 import csv
 import json
-import lzma
 import math
-import os
-import shutil
-import stat
-import tarfile
-import tempfile
-import zipfile
-import zlib
-from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -28,190 +17,16 @@ from PIL import Image, ImageDraw, ImageFont
 from skimage.color import deltaE_ciede2000
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from colorize_data import (MIN_CHROMA, SIDE, ColorizeData, ColorizeError, FlagError, class_names,
-                           content_hash, decode_lab, find_photos, in_validation, into_gamut,
-                           lab_to_rgb, ordered_map, picture_sheet, prepare, progress, read_photo,
-                           rgb_to_lab, say, to_8_bit, write_whole)
-from inference import colorize, lightness, load_model, working_copy
+from colorize_data import SIDE
+from inference import colorize, load_model
+from photo import (MIN_CHROMA, ColorizeError, FlagError, content_hash, find_photos, lab_to_image,
+                   lab_to_rgb, lightness, ordered_map, picture_sheet, progress, read_photo,
+                   rgb_to_lab, say, working_copy, write_atomically)
 
-MAX_MEMBER = 300 << 20  # bytes of a photograph in an archive
-MAX_RATIO = 200         # of an archive's contents to its own size, from 1 MB on
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "val"}
 # rows of the table: score, heading, digits
 SCORES = {"psnr": ("PSNR, dB", 2), "ssim": ("SSIM", 3), "ciede2000": ("CIEDE2000", 2),
           "distance": ("ab distance", 2), "auc": ("AuC", 3), "colorfulness": ("colourfulness", 1),
           "ratio": ("... over the truth's", 3), "delta_L": ("|dL|", 3)}
-
-
-# ------------------------------------------------------------------------- the photographs
-
-def check_members(source: Path, members) -> None:
-    """ColorizeError for an archive that reaches outside its folder, holds links, or is a bomb.
-
-    members: (name, bytes, is it a link or a device) each, read one by one: a bomb is not read to
-    its end.
-    """
-    total, free, packed = 0, shutil.disk_usage(source.parent).free, source.stat().st_size
-    for name, size, is_link in members:
-        if is_link or name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/"):
-            raise ColorizeError(f"--source {source}: '{name}' is a link or leads out of the "
-                                "folder; nothing was taken; unpack it yourself if you trust it")
-        total += size
-        if size > MAX_MEMBER or total > MAX_RATIO * max(packed, 1 << 20):
-            raise ColorizeError(f"--source {source}: '{name}' unpacks to {size >> 20} MB, "
-                                f"all so far to {total >> 20} MB, more than photographs do; "
-                                "nothing was taken")
-        if total > free:
-            raise ColorizeError(f"--source {source}: unpacks to over {free >> 20} MB, the space "
-                                "that is free; make room, or unpack it elsewhere")
-
-
-def unpack(source: Path, folder: Path) -> None:
-    """Unpack a zip or tar, checked first; ColorizeError if it is neither, hostile or damaged."""
-    try:
-        if zipfile.is_zipfile(source):
-            with zipfile.ZipFile(source) as archive:
-                check_members(source, (
-                    (i.filename, i.file_size, stat.S_ISLNK(i.external_attr >> 16))
-                    for i in archive.infolist()))
-                archive.extractall(folder)
-        elif tarfile.is_tarfile(source):
-            with tarfile.open(source) as archive:
-                check_members(source, ((i.name, i.size, not (i.isfile() or i.isdir()))
-                                       for i in archive))
-                archive.extractall(folder, filter="data")
-        else:
-            raise ColorizeError(f"--source {source}: neither a zip, a tar nor a folder; "
-                                "check the path")
-    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error,
-            lzma.LZMAError, tarfile.TarError) as error:  # RuntimeError: encrypted, unknown packing
-        raise ColorizeError(f"--source {source}: damaged or encrypted ({error}); get it again, or "
-                            "unpack it yourself and name the folder") from None
-
-
-def import_photos(source: Path, data: Path, val_fraction: float) -> None:
-    """Take the photographs of a zip, tar or folder into DATA/train and DATA/val, classes kept.
-
-    A set that comes with train and val (or test) folders stays split so; else the split is by a
-    hash of each content, so that adding photographs moves none. Those already there, by name and
-    size, are passed over; another of the same name gets a part of its hash into its own.
-    """
-    if not source.exists():
-        raise ColorizeError(f"--source {source}: no such file or folder; check the path")
-    data.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=data, prefix=".import-") as unpacked:
-        folder = source
-        if not source.is_dir():
-            say(f"unpacking {source}")
-            folder = Path(unpacked)
-            unpack(source, folder)
-        counts, paths = Counter(), find_photos(folder)
-        top = Path(os.path.commonpath([path.parent for path in paths])) if paths else folder
-        for parent in (top, *top.parents):  # a set of which only train or val is there
-            if parent.name.lower() in SPLITS and (parent == folder or folder in parent.parents):
-                top = parent.parent
-        for path in progress(paths, len(paths), f"import {source.name}"):
-            name = path.relative_to(top)
-            if len(name.parts) > 1 and name.parts[0].lower() in SPLITS:
-                split, name = SPLITS[name.parts[0].lower()], Path(*name.parts[1:])
-            else:
-                split = "val" if in_validation(path, val_fraction) else "train"
-            of_this_name = [data / other / name for other in ("train", "val")]
-            if any(other.exists() and other.stat().st_size != path.stat().st_size
-                   for other in of_this_name):
-                name = name.with_stem(f"{name.stem}-{content_hash(path)[:8]}")
-            there = any((data / other / name).exists() for other in ("train", "val"))
-            counts["already there" if there else split] += 1
-            if not there:
-                write_whole(data / split / name, partial(shutil.copyfile, path))
-    taken = ", ".join(f"{n} {what}" for what, n in counts.items()) or "no photograph"
-    say(f"imported {source}: {taken}")
-
-
-def data(*, data: Path = Path("data/input"), source: Path | None = None, val_fraction: float = 0.1,
-         workers: int | None = None) -> None:
-    """Import photographs, build the arrays that train reads, and say what is in them.
-
-    data: folder that holds train/ and val/; the arrays are written to its processed/
-    source: a zip, a tar or a folder to import first
-    val_fraction: share set aside for validation, by a hash of the content
-    workers: threads that read photographs; else one for each core
-    """
-    if not 0 < val_fraction < 1:
-        raise FlagError(f"--val_fraction {val_fraction}: must be between 0 and 1")
-    if source is not None:
-        import_photos(Path(source), Path(data), val_fraction)
-    check_overlap(data)
-    manifests = prepare(data, val_fraction, workers)
-    processed = Path(data, "processed")
-    for split, manifest in manifests.items():
-        print(f"{split}: {len(manifest['photographs'])} photographs used")
-        for reason, count in Counter(manifest["left_out"].values()).items():
-            names = [name for name, why in manifest["left_out"].items() if why == reason]
-            print(f"  {count} left out, {reason}: {', '.join(names[:3])}" + ", ..." * (count > 3))
-    counts = Counter(label for *_, label in manifests["train"]["photographs"])
-    classes = ", ".join(f"{name} {counts[name]}" for name in class_names(manifests["train"]))
-    print(f"classes: {classes or 'none (no class folders)'}")
-    histogram = print_colors(np.load(processed / "train.npy", mmap_mode="r"))
-    dataset = ColorizeData([processed / "train.npy"], train=True)
-    write_preview(processed / "preview.png", dataset, histogram)
-    print(f"{processed / 'preview.png'}: samples as the network sees them (L, ab at L 60, colour) "
-          "and the histogram of ab")
-
-
-def print_colors(stored: np.ndarray) -> np.ndarray:
-    """Mean and spread of stored ab, share near gray; returns counts (256, 256) of a and b."""
-    histogram, near_gray = np.zeros(65536), 0
-    for row in stored:
-        ab = row[::4, ::4, 1:].reshape(-1, 2).astype(np.int64)
-        histogram += np.bincount(ab[:, 0] * 256 + ab[:, 1], minlength=65536)
-        near_gray += np.hypot(*(ab.T - 128.0)).mean() < 2.5 * MIN_CHROMA
-    histogram = histogram.reshape(256, 256)
-    axis, total = np.arange(-128, 128), histogram.sum()
-    for name, marginal in (("a", histogram.sum(1)), ("b", histogram.sum(0))):
-        mean = (marginal * axis).sum() / total
-        spread = np.sqrt((marginal * (axis - mean) ** 2).sum() / total)
-        print(f"{name}*: mean {mean:.1f}, spread {spread:.1f}")
-    print(f"near gray (mean chroma under {2.5 * MIN_CHROMA:g}): {near_gray / len(stored):.1%}")
-    return histogram
-
-
-def ab_histogram(counts: np.ndarray) -> Image.Image:
-    """Counts (256, 256) of stored a and b as a picture: a to the right, b up, brighter is more."""
-    share = np.log1p(counts) / np.log1p(max(counts.max(), 1))
-    b, a = np.meshgrid(np.arange(127, -129, -1.0), np.arange(-128, 128.0), indexing="ij")
-    ab = np.stack([a, b], axis=-1).astype(np.float32)
-    return picture_of((share.T[::-1] * 75).astype(np.float32), ab)
-
-
-def picture_of(L: np.ndarray, ab: np.ndarray) -> Image.Image:
-    """L (H, W) and ab (H, W, 2), brought into gamut, as a picture."""
-    lab = np.concatenate([L[..., None], into_gamut(L, ab)], axis=-1)
-    return Image.fromarray(to_8_bit(lab_to_rgb(lab)))
-
-
-def check_overlap(data: Path) -> None:
-    """ColorizeError if a photograph is in both train and val (equal content)."""
-    sizes, splits = {}, {split: find_photos(Path(data) / split) for split in ("train", "val")}
-    for path in splits["val"]:
-        sizes.setdefault(path.stat().st_size, []).append(path)
-    for path in splits["train"]:
-        for other in sizes.get(path.stat().st_size, []):
-            if content_hash(path) == content_hash(other):
-                raise ColorizeError(f"{path} and {other} are the same photograph, in train and "
-                                    "in val; delete one, or scores will flatter")
-
-
-def write_preview(path: Path, dataset: ColorizeData, histogram: np.ndarray) -> None:
-    """Eight samples as L | ab at L 60 | colour, and the histogram of ab."""
-    stored, _ = dataset.__getitems__(range(min(8, len(dataset))))
-    tiles = []
-    for lab in decode_lab(stored.permute(0, 2, 3, 1).numpy()):
-        L, ab = lab[..., 0], lab[..., 1:]
-        tiles += [picture_of(L, 0 * ab), picture_of(np.full_like(L, 60), ab), picture_of(L, ab)]
-    captions = ["L", "ab at L 60", "colour"] * (len(tiles) // 3) + ["histogram of ab"]
-    sheet = picture_sheet(tiles + [ab_histogram(histogram)], 6, captions, 192)
-    write_whole(path, lambda name: sheet.save(name, "PNG"))
 
 
 # ---------------------------------------------------------------------------------- metrics
@@ -294,7 +109,7 @@ def summarize(rows: list[dict]) -> dict[str, tuple[float, float]]:
 def mean_color_baseline(mean_ab: np.ndarray, image: Image.Image) -> Image.Image:
     """Each pixel gets the training set's mean ab for its L."""
     L = lightness(image)
-    return picture_of(L, mean_ab[np.clip(np.rint(L), 0, 100).astype(int)].astype(np.float32))
+    return lab_to_image(L, mean_ab[np.clip(np.rint(L), 0, 100).astype(int)].astype(np.float32))
 
 
 def print_table(summaries: dict, count: int, size: int) -> None:
@@ -379,7 +194,7 @@ def write_report(out: Path, settings: dict, hashes: dict, summaries: dict, resul
               "summary": {m: {k: {"mean": v[0], "interval95": v[1]} for k, v in s.items()}
                           for m, s in summaries.items()},
               "scores": {str(path): scores for path, scores in results}}
-    write_whole(out / "evaluation.json", lambda name: name.write_text(json.dumps(report, indent=1)))
+    write_atomically(out / "evaluation.json", lambda name: name.write_text(json.dumps(report, indent=1)))
     write_csv(out / "scores.csv", [
         {"photograph": path, "method": method} | {name: round(x, 4) for name, x in scores.items()}
         for path, by_method in results for method, scores in by_method.items()])
@@ -392,7 +207,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
             writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
             writer.writeheader()
             writer.writerows(rows)
-    write_whole(path, write)
+    write_atomically(path, write)
 
 
 def draw_evaluation(path: Path, results: list, methods: dict) -> None:
@@ -406,7 +221,7 @@ def draw_evaluation(path: Path, results: list, methods: dict) -> None:
         captions += [f"{Path(name).stem}: dE {scores[name]['ciede2000']:.1f}" for name in names]
         captions.append(source.name[:28])
     sheet = picture_sheet(tiles, (len(names) + 1) * (2 if len(names) < 3 else 1), captions, 200)
-    write_whole(path, lambda name: sheet.save(name, "PNG"))
+    write_atomically(path, lambda name: sheet.save(name, "PNG"))
 
 
 # --------------------------------------------------------------------- pictures of a training
@@ -414,10 +229,10 @@ def draw_evaluation(path: Path, results: list, methods: dict) -> None:
 def draw_preview(path: Path, lab, ab) -> None:
     """gray | prediction | truth, of tensors Lab (N, 3, H, W) and ab (N, 2, H, W)."""
     lab, ab = (x.permute(0, 2, 3, 1).cpu().numpy() for x in (lab, ab))
-    tiles = [picture_of(true[..., 0], colors) for true, made in zip(lab, ab)
+    tiles = [lab_to_image(true[..., 0], colors) for true, made in zip(lab, ab)
              for colors in (0 * made, made, true[..., 1:])]
     sheet = picture_sheet(tiles, 6, ["gray", "prediction", "truth"] * len(lab), 160)
-    write_whole(path, lambda name: sheet.save(name, "PNG"))
+    write_atomically(path, lambda name: sheet.save(name, "PNG"))
 
 
 CURVES = {  # a panel each: title, columns, logarithmic
@@ -441,7 +256,7 @@ def draw_curves(path: Path, history: list[dict]) -> None:
         draw_panel(ImageDraw.Draw(picture), i % 2 * width, i // 2 * height, width, height, title,
                    {c: [(row["epoch"], row[c]) for row in history if c in row] for c in columns},
                    log)
-    write_whole(path, lambda name: picture.save(name, "PNG"))
+    write_atomically(path, lambda name: picture.save(name, "PNG"))
 
 
 def draw_panel(draw, left: int, top: int, width: int, height: int, title: str, curves: dict,

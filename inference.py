@@ -1,4 +1,4 @@
-"""Colour for gray photographs: colorize() and its controls; one photograph, a folder, a URL.
+"""Colour for gray photographs: colorize(); one photograph, a folder, an address.
 
     python main.py inference --image x.png --model checkpoints/best_model.tar
     python main.py inference --image archive/ --output coloured/ --mood warm
@@ -21,279 +21,56 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor
-from torch.nn import functional as F
+from PIL import Image
 
-from basic_model import (PRETRAINED, ColorNet, choose_device, load_checkpoint, predict, tilt,
-                         upsample)
-from colorize_data import (MIN_CHROMA, VERSION, ColorizeError, FlagError, Photo, content_hash,
-                           find_photos, gray_to_L, into_gamut, lab_to_linear, linear_to_srgb,
-                           ordered_map, picture_sheet, read_photo, rgb_to_lab, say, write_photo)
+from basic_model import PRETRAINED, ColorNet, choose_device, load_checkpoint
+from controls import (MOODS, Controls, apply_controls, hint_correction, propagate_hints,
+                      read_controls)
+from photo import (MIN_CHROMA, VERSION, ColorizeError, FlagError, Photo, content_hash, find_photos,
+                   guided_upsampler, into_gamut, lab_to_linear, lightness, linear_to_srgb,
+                   ordered_map, picture_sheet, read_photo, rgb_to_lab, say, spread_of,
+                   working_copy, write_photo)
 
 STRIP = 1 << 20           # pixels of a strip: what is in memory at full resolution at a time
 BATCH = 1 << 20           # pixels at working resolution that the network sees at once
 BATCH_PIXELS = 50e6       # of the photographs that wait for it
 MAX_DOWNLOAD = 200 << 20  # bytes
 ENLARGE = 2.0             # at most, of photographs smaller than the working size
-GUIDE_EPSILON = 10.0      # of the guided filter: 1e-3 for L in 0..1
-HINT_SIGMA, HINT_MU = 0.02, 1e-4  # of the hints' spreading: L difference in 0..1; pull to zero
 MADE = "_color.png", "_color.tif", "_sheet.png"  # endings of results
 
 
-class Controls(NamedTuple):
-    """What is wanted of the colours, in plain numbers; the neutral ones change no bit."""
-    saturation: float = 1.0
-    vividness: float = 1.0
-    shift: tuple[float, float] | None = None   # of the mean ab
-    target: tuple[float, float] | None = None  # the mean ab itself
-    spread: float | None = None                # rms of ab about its mean, of a reference
-    strength: float = 1.0
-    hints: tuple = ()                          # (x, y, a, b) each
+# -------------------------------------------------------------------------- one photograph
 
+@torch.inference_mode()
+def predict(model: ColorNet, L: np.ndarray, vividness: float = 1.0) -> np.ndarray:
+    """L (N, h, w) to probabilities (N, Q, ceil(h/4), ceil(w/4)) of a bins head or ab (N, 2, h, w).
 
-MOODS = {
-    "warm": Controls(1.05, shift=(3, 8)),
-    "cool": Controls(0.95, shift=(-3, -8)),
-    "golden": Controls(1.15, shift=(5, 14)),
-    "moonlight": Controls(0.6, shift=(0, -13)),
-    "vintage": Controls(0.7, shift=(4, 7)),
-    "muted": Controls(0.6),
-    "vivid": Controls(1.5),
-    "sepia": Controls(0.15, shift=(5, 16)),
-}
-
-
-# -------------------------------------------------------------------------------- controls
-
-def hex_to_ab(text: str, flag: str) -> tuple[float, float]:
-    """ab of "#rrggbb"."""
+    The mean of the predictions for the photograph and for its mirror image, on the CPU. vividness:
+    divides the temperature of a bins head. Raises FlagError, or ColorizeError without the memory.
+    """
+    if vividness != 1 and model.arguments["head"] != "bins":
+        raise FlagError("--vividness needs a checkpoint trained with --loss bins; use --saturation")
+    device = next(model.parameters()).device
+    gray = torch.from_numpy(np.ascontiguousarray(L))[:, None].to(device)
     try:
-        red, green, blue = ImageColor.getrgb(text.strip())[:3]
-    except ValueError:
-        raise FlagError(f"{flag}: '{text.strip()}' is no colour; write #rrggbb") from None
-    return tuple(rgb_to_lab(np.array([red, green, blue], np.uint8))[1:].tolist())
+        output = model(torch.cat([gray, gray.flip(-1)])).float()
+    except torch.OutOfMemoryError:
+        raise ColorizeError(f"the {device.type} ran out of memory: a smaller --size, "
+                            "or --device cpu") from None
+    if model.arguments["head"] == "bins":
+        output = torch.softmax(output * (vividness / model.temperature), dim=1)
+    plain, mirrored = output.chunk(2)
+    return ((plain + mirrored.flip(-1)) / 2).cpu().numpy()
 
 
-def read_mean_color(text: str) -> tuple[float, float]:
-    """--mean_color: "#rrggbb" or "a,b"."""
-    if "," not in text:
-        return hex_to_ab(text, "--mean_color")
-    try:
-        a, b = (float(part) for part in text.split(","))
-        if abs(a) <= 128 and abs(b) <= 128:  # nan is not
-            return a, b
-    except ValueError:
-        pass
-    raise FlagError(f"--mean_color {text}: write #rrggbb, or a,b, both within -128..128")
-
-
-def read_hints(text: str) -> tuple:
-    """--hints "x,y,#rrggbb; ..." as (x, y, a, b) each."""
-    hints = []
-    for part in filter(str.strip, text.split(";")):
-        try:
-            x, y, color = part.split(",", 2)
-            x, y = int(x), int(y)
-        except ValueError:
-            raise FlagError(f"--hints '{part.strip()}': write x,y,#rrggbb; x,y,#rrggbb") from None
-        hints.append((x, y, *hex_to_ab(color, "--hints")))
-    return tuple(hints)
-
-
-def read_controls(mood=None, mean_color=None, reference=None, strength=1.0, saturation=None,
-                  vividness=None, hints=None) -> Controls:
-    """The colour flags as Controls; FlagError for contradictions and values out of range."""
-    flags = {"mood": mood, "mean_color": mean_color, "reference": reference}
-    given = [f"--{name}" for name, value in flags.items() if value is not None]
-    if len(given) > 1:
-        raise FlagError(f"{' and '.join(given)} contradict each other: give one")
-    if strength != 1 and not given:
-        raise FlagError("--strength is that of --mood, --mean_color or --reference: give one")
-    for name, value, low, high in (("strength", strength, 0, 1), ("saturation", saturation, 0, 4),
-                                   ("vividness", vividness, 0.1, 10)):
-        if value is not None and not low <= value <= high:
-            raise FlagError(f"--{name} {value:g}: must be {low:g}..{high:g}")
-    if mood is not None and mood not in MOODS:
-        raise FlagError(f"--mood {mood}: choose one of {', '.join(MOODS)}")
-    bundle = MOODS[mood] if mood else Controls()
-    target, spread = None if mean_color is None else read_mean_color(mean_color), None
-    if reference is not None:
-        small = working_copy(read_photo(Path(reference)).image, 128).convert("RGB")
-        ab = rgb_to_lab(np.asarray(small))[..., 1:]
-        target, spread = tuple(ab.mean(axis=(0, 1)).tolist()), spread_of(ab)
-    return Controls(  # explicit flags override a mood's own, which strength scales
-        1 + strength * (bundle.saturation - 1) if saturation is None else saturation,
-        1.0 if vividness is None else vividness,
-        bundle.shift, target, spread, strength, read_hints(hints or ""))
-
-
-def spread_of(ab: np.ndarray) -> float:
-    """Root mean square distance of ab (..., 2) from its mean."""
-    return float(np.sqrt(ab.reshape(-1, 2).var(axis=0, dtype=np.float64).sum()))
-
-
-def move_mean(prediction: np.ndarray, L: np.ndarray, colors: np.ndarray | None,
-              decode, target: np.ndarray) -> np.ndarray:
-    """ab (h, w, 2) whose mean, once in gamut, is the target (2,) or as near as can be.
-
-    A bins prediction (Q, h/4, w/4) is tilted, with the colors (Q, 2) that decode knows; an ab one
-    (2, h, w), colors None, shifted, fading to nothing at black and white of L (h, w). Gamut takes
-    some of the mean away: up to 5 rounds add what is missing to what is asked for.
-    """
-    best = plain = decode(prediction)
-    asked, vector, nearest = np.array(target, np.float64), None, np.inf
-    fade = np.clip(4 * (L / 100) * (1 - L / 100), 0, 1)[..., None]
-    for _ in range(6):
-        if colors is None:
-            shift = (asked - plain.mean(axis=(0, 1))) / max(fade.mean(), 1e-3)
-            ab = plain + fade * shift.astype(np.float32)
-        else:
-            flat = prediction.reshape(len(prediction), -1).T
-            moved, vector = tilt(flat, colors, asked, vector)
-            ab = decode(moved.T.reshape(prediction.shape).astype(np.float32))
-        missing = target - into_gamut(L, ab).mean(axis=(0, 1))
-        if np.linalg.norm(missing) < nearest:
-            nearest, best = np.linalg.norm(missing), ab
-        if nearest < 0.1:
-            break
-        asked = asked + missing
-    return best
-
-
-def spread_hints(L: np.ndarray, ab: np.ndarray, hints: list) -> np.ndarray:
-    """Spread hints (x, y, a, b), pixels of L (h, w), over what is like them around; returns ab.
-
-    Minimizes sum w_rs (d_r - d_s)^2 + mu sum d^2 over neighbours r, s for d, the difference from
-    the prediction ab (h, w, 2), fixed on what is like the hint of a 5-pixel disc there; w_rs =
-    exp(-(L_r - L_s)^2 / 2 sigma^2), at least 1e-6. After Levin, Lischinski and Weiss 2004, in a
-    form that is solved in time.
-    """
-    y, x = np.mgrid[:L.shape[0], :L.shape[1]]
-    free, d = np.ones_like(L), np.zeros((2, *L.shape), np.float32)
-    for hx, hy, a, b in hints:
-        like = np.abs(L - L[hy, hx]) <= 200 * HINT_SIGMA  # two sigma: not across an outline
-        disc = ((x - hx) ** 2 + (y - hy) ** 2 <= 2.5 ** 2) & like
-        free[disc], d[:, disc] = 0, np.array([[a], [b]]) - ab[hy, hx, :, None]
-    down, right = (np.exp(-np.diff(L / 100, axis=axis) ** 2 / (2 * HINT_SIGMA ** 2)).clip(min=1e-6)
-                   for axis in (0, 1))
-    total = HINT_MU + (np.pad(down, ((0, 1), (0, 0))) + np.pad(down, ((1, 0), (0, 0)))
-                       + np.pad(right, ((0, 0), (0, 1))) + np.pad(right, ((0, 0), (1, 0))))
-
-    def gradient(d):  # zero where d is fixed
-        result = total * d
-        result[:, :-1] -= down * d[:, 1:]
-        result[:, 1:] -= down * d[:, :-1]
-        result[..., :-1] -= right * d[..., 1:]
-        result[..., 1:] -= right * d[..., :-1]
-        return free * result
-    residual, direction, power, enough = -gradient(d), 0, np.float32(1), None
-    for _ in range(3000):  # conjugate gradients, a and b side by side, scaled by the diagonal
-        scaled = residual / total
-        power, last = (residual * scaled).sum(axis=(1, 2), keepdims=True), power
-        enough = 1e-9 * power.max() if enough is None else enough  # 0.3 ab units from exact
-        if power.max() <= enough:
-            break
-        direction = scaled + power / np.maximum(last, 1e-30) * direction
-        product = gradient(direction)
-        rate = power / np.maximum((direction * product).sum(axis=(1, 2), keepdims=True), 1e-30)
-        d += rate * direction
-        residual -= rate * product
-    return ab + d.transpose(1, 2, 0)
-
-
-# ------------------------------------------------------------------- L, network, full resolution
-
-def lightness(image: Image.Image) -> np.ndarray:
-    """L (H, W) of a Pillow image of mode L, RGB or I;16."""
-    pixels = np.asarray(image)
-    return gray_to_L(pixels) if pixels.ndim == 2 else rgb_to_lab(pixels)[..., 0]
-
-
-def working_copy(image: Image.Image, size: int, enlarge: float = 1.0) -> Image.Image:
-    """The photograph at a short side of `size`, the long one at most 4 times that.
-
-    Enlarged at most `enlarge` times. Long enough sides are multiples of 4, as the bins head likes.
-    """
-    scale = min(enlarge, size / min(image.size), 4 * size / max(image.size))
-    sides = [max(round(side * scale), 1) for side in image.size]
-    if scale != 1:
-        sides = [max(round(side / 4) * 4, 1) if side >= 32 else side for side in sides]
-    if image.mode != "I;16":
-        return image.resize(sides, Image.Resampling.LANCZOS, reducing_gap=3.0)
-    image = image.resize(sides, Image.Resampling.LANCZOS)  # 8 bits will do for the network
-    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-
-
-def choose_colors(model: ColorNet, prediction: np.ndarray, L: np.ndarray,
-                  controls: Controls) -> tuple[np.ndarray, np.ndarray | None]:
-    """ab (h, w, 2) and the mean ab wanted, or None, from predict's for one photograph L (h, w).
-
-    The order: (vividness is in the prediction,) saturation, then reference, mean or mood.
-    """
-    bins = model.arguments["head"] == "bins"
-    colors = model.bins.cpu().numpy() * model.saturation if bins else None
-
-    def decode(values, factor):
-        ab = torch.from_numpy(values)[None]
-        if colors is not None:
-            ab = upsample(torch.einsum("nqhw,qc->nchw", ab, torch.from_numpy(colors)), L.shape)
-        return (ab[0].permute(1, 2, 0) * factor).numpy()
-    factor = controls.saturation
-    plain = decode(prediction, factor)
-    if not controls.strength or controls.shift is None and controls.target is None:
-        return plain, None
-    present = into_gamut(L, plain)
-    if controls.spread is not None:
-        ratio = np.clip(controls.spread / max(spread_of(present), 1e-3), 0.25, 4)
-        factor = factor * float(ratio) ** controls.strength
-    mean = present.mean(axis=(0, 1))
-    goal = mean + np.array(controls.shift) if controls.shift else np.array(controls.target)
-    wanted = mean + controls.strength * (goal - mean)
-    tilting = colors is not None and factor >= 0.3  # under that little is left to tilt: a tint
-    return move_mean(prediction, L, colors * factor if tilting else None,
-                     lambda values: decode(values, factor), wanted), wanted
-
-
-def guide_slope(L: np.ndarray, ab: np.ndarray) -> np.ndarray:
-    """The guided filter's mean coefficient (h, w, 2), ab units for a unit of L; radius 1."""
-    def mean(x):
-        return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-    guide, colors = (torch.from_numpy(x).double() for x in (L[None], ab.transpose(2, 0, 1)))
-    variance = mean(guide ** 2) - mean(guide) ** 2
-    covariance = mean(guide * colors) - mean(guide) * mean(colors)
-    return mean(covariance / (variance + GUIDE_EPSILON)).permute(1, 2, 0).float().numpy()
-
-
-def enlarger(L_small: np.ndarray, ab: np.ndarray, width: int, height: int):
-    """A function that gives ab at the photograph's size, edge-aware, any rows at a time.
-
-    L_small is (h, w), ab (h, w, 2), at the network's resolution.
-
-    bicubic(ab) + a * (L - bicubic(L_small)), a the local regression of ab on L: the coefficient of
-    the guided filter (He and Sun 2015), radius 1.
-    """
-    planes = np.dstack([L_small, ab, guide_slope(L_small, ab)]).transpose(2, 0, 1)
-    planes = [Image.fromarray(np.ascontiguousarray(plane)) for plane in planes]
-    scale = len(L_small) / height
-
-    def enlarge(L, top):  # L (rows, W), the photograph's from row `top` on, to ab (rows, W, 2)
-        box = (0, top * scale, planes[0].width, (top + len(L)) * scale)
-        L_up, a, b, slope_a, slope_b = (
-            np.asarray(plane.resize((width, len(L)), Image.Resampling.BICUBIC, box=box))
-            for plane in planes)
-        detail = L - L_up
-        return np.stack([a + slope_a * detail, b + slope_b * detail], axis=-1)
-    return enlarge
-
-
-def finish(image: Image.Image, small: np.ndarray, ab: np.ndarray, hints: tuple = (),
+def render(image: Image.Image, small: np.ndarray, ab: np.ndarray, hints: tuple = (),
            deep: bool = False) -> tuple[Image.Image | np.ndarray, np.ndarray]:
     """The photograph with ab (h, w, 2) at full resolution, in gamut, strip by strip; its mean ab.
 
     small: L (h, w) at the resolution of ab. deep: uint16 (H, W, 3) rather than an RGB image.
     """
     width, height = image.size
-    enlarge = enlarger(small, ab, width, height)
+    enlarge = guided_upsampler(small, ab, width, height)
     corrections = [hint_correction(image, enlarge, hint, width / small.shape[1]) for hint in hints]
     rows = max(1, STRIP // width)
     result = np.empty((height, width, 3), np.uint16) if deep else Image.new("RGB", image.size)
@@ -317,29 +94,10 @@ def finish(image: Image.Image, small: np.ndarray, ab: np.ndarray, hints: tuple =
     return result, total / (width * height)
 
 
-def hint_correction(image: Image.Image, enlarge, hint: tuple, scale: float):
-    """A function that gives the hint's own pixel exactly its colour, and what is like it around.
-
-    scale: pixels of the photograph for one of the network's.
-    """
-    x, y, *wanted = hint
-    row = lightness(image.crop((0, y, image.width, y + 1)))
-    missing, L_hint = np.array(wanted, np.float32) - enlarge(row, y)[0, x], row[0, x]
-    radius = 2.5 * max(scale, 1.0)
-
-    def correct(L, colors, top):
-        dy, dx = np.arange(top, top + len(L)) - y, np.arange(L.shape[1]) - x
-        near = np.ix_(np.abs(dy) <= 3 * radius, np.abs(dx) <= 3 * radius)
-        distance = (dy[near[0]] ** 2 + dx[near[1]] ** 2) / radius ** 2
-        unlike = (L[near] - L_hint) ** 2 / (2 * (100 * HINT_SIGMA) ** 2)
-        colors[near] += np.exp(-distance - unlike)[..., None].astype(np.float32) * missing
-    return correct
-
-
 def add_color(model: ColorNet, image: Image.Image, small: np.ndarray, prediction: np.ndarray,
               controls: Controls, deep: bool = False) -> tuple:
     """Controls, hints, full resolution, gamut: picture, its mean ab, the mean ab asked for."""
-    ab, wanted = choose_colors(model, prediction, small, controls)
+    ab, wanted = apply_controls(model, prediction, small, controls)
     scale, hints = small.shape[1] / image.width, []
     for x, y, a, b in controls.hints:
         if not (0 <= x < image.width and 0 <= y < image.height):
@@ -347,8 +105,8 @@ def add_color(model: ColorNet, image: Image.Image, small: np.ndarray, prediction
                             f"{image.width}x{image.height}; the origin is the top left")
         hints.append((int(x * scale), int(y * small.shape[0] / image.height), a, b))
     if hints:
-        ab = spread_hints(small, into_gamut(small, ab), hints)
-    return *finish(image, small, ab, controls.hints, deep), wanted
+        ab = propagate_hints(small, into_gamut(small, ab), hints)
+    return *render(image, small, ab, controls.hints, deep), wanted
 
 
 def colorize(model: ColorNet, image: Image.Image | np.ndarray, size: int = 256,
@@ -369,7 +127,7 @@ def colorize(model: ColorNet, image: Image.Image | np.ndarray, size: int = 256,
     return add_color(model, image, small, prediction, controls, image.mode == "I;16")[0]
 
 
-# ------------------------------------------------------------------------------- the command
+# ----------------------------------------------------------------------------- the command
 
 def load_model(model: str | Path | None, device: str) -> tuple[ColorNet, Path, dict]:
     """The checkpoint named, else checkpoints/best_model.tar, else the shipped one."""
@@ -581,7 +339,7 @@ def write_pages(model: ColorNet, controls: Controls, description: str, compare: 
             if np.linalg.norm(wanted - mean) > 1 and not controls.hints:
                 remarks[-1] += ": the target is out of reach, this is the nearest found"
         if compare:
-            gray, _ = finish(image, job.small, np.zeros((*job.small.shape, 2), np.float32))
+            gray, _ = render(image, job.small, np.zeros((*job.small.shape, 2), np.float32))
             both = gray.crop((0, 0, 2 * image.width, image.height))  # room on its right
             both.paste(picture, (image.width, 0))
             picture = both

@@ -17,7 +17,7 @@ import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
-COMMANDS = {"data": "evaluate", "train": "train", "inference": "inference", "evaluate": "evaluate"}
+COMMANDS = {"data": "colorize_data", "train": "train", "inference": "inference", "evaluate": "evaluate"}
 HERE = Path(__file__).resolve().parent
 
 
@@ -157,7 +157,7 @@ def run(name: str, values: dict) -> int:
     """Import a command and call it; returns the exit status."""
     try:
         module = importlib.import_module(COMMANDS[name])
-        from colorize_data import ColorizeError, FlagError
+        from photo import ColorizeError, FlagError
     except ImportError as error:
         print(f"error: {error}; set up the environment first (README.md)", file=sys.stderr)
         return 1

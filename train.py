@@ -23,11 +23,11 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from basic_model import (AB_SCALE, BinsLoss, ColorNet, Discriminator, choose_device, color_bins,
-                         color_statistics, initialize, read_tensors, save_checkpoint,
-                         starting_checkpoint, use_bf16)
-from colorize_data import (ColorizeData, ColorizeError, FlagError, class_names, decode_lab,
-                           prepare, progress, say)
+from basic_model import (AB_SCALE, ColorNet, Discriminator, all_stored_ab, choose_device, color_bins,
+                         bins_prior, initialize, read_tensors, save_checkpoint,
+                         soft_encode, starting_checkpoint, use_bf16)
+from colorize_data import ColorizeData, class_names, count_colors, decode_lab, prepare
+from photo import ColorizeError, FlagError, progress, say
 from evaluate import draw_curves, draw_preview, picture_scores, write_csv
 
 HUBER_DELTA = 11.0  # ab units: quadratic below, linear above
@@ -64,6 +64,33 @@ def scene_loss(scenes: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of the classes, photographs without one (-1) left out (Iizuka et al. 2016)."""
     total = F.cross_entropy(scenes.float(), labels, ignore_index=-1, reduction="sum")
     return total / (labels >= 0).sum().clamp(min=1)
+
+
+def rarity_weights(prior: torch.Tensor, rebalance: float) -> torch.Tensor:
+    """Class weights 1/((1-r)*prior + r/Q), mean 1 under the prior (Zhang et al. 2016, eq. 4)."""
+    weights = 1 / ((1 - rebalance) * prior + rebalance / len(prior))
+    return weights / (prior * weights).sum()
+
+
+class BinsLoss(nn.Module):
+    """Cross-entropy of logits (N, Q, ceil(H/4), ceil(W/4)) with soft-encoded ab (N, 2, H, W).
+
+    Each place counts by the rarity of its nearest bin (Zhang et al. 2016, eq. 2).
+    """
+
+    def __init__(self, bins: torch.Tensor, prior: torch.Tensor, rebalance: float):
+        super().__init__()
+        nearest, weights = soft_encode(all_stored_ab(), bins)
+        self.register_buffer("nearest", nearest)
+        self.register_buffer("weights", weights)
+        self.register_buffer("rarity", rarity_weights(prior, rebalance))
+
+    def forward(self, logits: torch.Tensor, ab: torch.Tensor) -> torch.Tensor:
+        ab = F.avg_pool2d(ab, 4, ceil_mode=True, count_include_pad=False).round().long() + 128
+        key = ab[:, 0] * 256 + ab[:, 1]
+        nearest, soft = (table[key].permute(0, 3, 1, 2) for table in (self.nearest, self.weights))
+        log_probability = torch.log_softmax(logits.float(), dim=1).gather(1, nearest)
+        return (-(soft * log_probability).sum(dim=1) * self.rarity[nearest[:, 0]]).mean()
 
 
 # --------------------------------------------------------------------------------- schedules
@@ -131,8 +158,12 @@ class Training:
         colors = before.get("colors", {"bins": color_bins(), "temperature": 1.0, "saturation": 1.0})
         for name in ("temperature", "saturation"):
             s[name] = colors[name] if s[name] is None else s[name]
-        prior, self.mean_ab = (colors.get("prior"), resumed["mean_ab"]) if resumed else \
-            color_statistics(self.train_data, colors["bins"])
+        if resumed:
+            prior, self.mean_ab = colors.get("prior"), resumed["mean_ab"]
+        else:
+            histogram, mean_ab = count_colors(self.train_data)
+            prior = bins_prior(histogram, colors["bins"])
+            self.mean_ab = torch.from_numpy(mean_ab).float()
         colors |= {"prior": prior, "temperature": s["temperature"], "saturation": s["saturation"]}
         torch.manual_seed(s["seed"])
         self.model = ColorNet(s["encoder"], s["decoder"], head, s["stages"],
@@ -151,7 +182,7 @@ class Training:
         if s["freeze_encoder"]:
             self.model.encoder.requires_grad_(False)
         self.model.to(self.device, memory_format=torch.channels_last)
-        self.average = AveragedModel(self.model, multi_avg_fn=ema_update)
+        self.ema = AveragedModel(self.model, multi_avg_fn=ema_update)
         self.bins_loss, self.unit = None, 1.0  # the unit brings a loss back to ab units
         if s["loss"] == "bins":
             self.bins_loss = BinsLoss(colors["bins"], prior, s["rebalance"]).to(self.device)
@@ -215,7 +246,7 @@ class Training:
             return self.bins_loss(output, ab)
         return regression_loss(self.regression, output, ab, self.settings["chroma_weight"])
 
-    def learn(self, lab: torch.Tensor, labels: torch.Tensor) -> None:
+    def train_step(self, lab: torch.Tensor, labels: torch.Tensor) -> None:
         """One step on one batch of stored Lab (N, 3, H, W) and class numbers (N,)."""
         s = self.settings
         lab = decode_lab(lab.to(self.device, non_blocking=True))
@@ -231,8 +262,8 @@ class Training:
         loss = self.objective(output, ab)
         measured = {"loss": loss.detach() * self.unit}
         if self.discriminator is not None:
-            measured |= self.learn_to_discriminate(L, ab, output.detach(), rate)
-            loss = s["l1_weight"] * loss + self.fooling_loss(L, output)
+            measured |= self.discriminator_step(L, ab, output.detach(), rate)
+            loss = s["l1_weight"] * loss + self.adversarial_loss(L, output)
         if scenes is not None:
             loss = loss + s["class_weight"] * scene_loss(scenes, labels.to(self.device))
         self.optimizer.zero_grad(set_to_none=True)
@@ -245,7 +276,7 @@ class Training:
             return
         self.bad_in_a_row = 0
         self.optimizer.step()
-        self.average.update_parameters(self.model)
+        self.ema.update_parameters(self.model)
         for name, value in measured.items():
             total, count = self.sums.get(name, (0.0, 0))
             self.sums[name] = total + float(value) * len(lab), count + len(lab)
@@ -254,14 +285,14 @@ class Training:
         """A non-finite loss or gradient: leave the weights, undo what it did to batch norm."""
         self.skipped += 1
         self.bad_in_a_row += 1
-        for buffer, good in zip(self.model.buffers(), self.average.module.buffers()):
+        for buffer, good in zip(self.model.buffers(), self.ema.module.buffers()):
             buffer.copy_(good)
         say(f"step {self.step}: the loss is not finite; skipped ({self.skipped} so far)")
         if self.bad_in_a_row == BAD_STEPS:
             raise ColorizeError(f"the loss was not finite {BAD_STEPS} times in a row; go on from "
                                 "the last good checkpoint with --init, a lower --lr or --amp off")
 
-    def learn_to_discriminate(self, L, ab, made, rate: float) -> dict:
+    def discriminator_step(self, L, ab, made, rate: float) -> dict:
         """The discriminator's step; its input noise fades out over the first half of the run.
 
         L (N, 1, H, W), the true ab and the made one (N, 2, H, W), CIE units.
@@ -284,7 +315,7 @@ class Training:
         return {"d_loss": loss.detach(), "d_real": real.detach().sigmoid().mean(),
                 "d_fake": fake.detach().sigmoid().mean()}
 
-    def fooling_loss(self, L, made) -> torch.Tensor:
+    def adversarial_loss(self, L, made) -> torch.Tensor:
         """The generator's adversarial loss; the discriminator's weights get no gradient."""
         self.discriminator.requires_grad_(False)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
@@ -295,7 +326,7 @@ class Training:
     @torch.no_grad()
     def validate(self) -> dict:
         """Means over the validation photographs for the averaged weights, equal on every rank."""
-        model = self.average.module.eval()
+        model = self.ema.module.eval()
         names = ["n", "loss", "mse", "distance", "psnr", "color", "true_color", "labelled", "right"]
         sums = torch.zeros(len(names), dtype=torch.float64)
         for lab, labels in self.batches(self.val_data, 0, len(self.val_data)):
@@ -326,7 +357,7 @@ class Training:
         """gray | prediction | truth for the same eight validation photographs every time."""
         numbers = np.linspace(0, len(self.val_data) - 1, min(8, len(self.val_data))).astype(int)
         lab = decode_lab(self.val_data.__getitems__(numbers.tolist())[0])
-        draw_preview(path, lab, self.average.module.eval().predict(lab[:, :1].to(self.device)))
+        draw_preview(path, lab, self.ema.module.eval().predict(lab[:, :1].to(self.device)))
 
 
     def save(self, name: str) -> None:
@@ -344,7 +375,7 @@ class Training:
             "torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
         if name == "last.tar":
             extra["resume"] = {
-                "weights": self.model.state_dict(), "average": self.average.state_dict(),
+                "weights": self.model.state_dict(), "average": self.ema.state_dict(),
                 "optimizer": self.optimizer.state_dict(), "step": self.step,
                 "history": self.history, "best": self.best, "sums": self.sums,
                 "skipped": self.skipped}
@@ -353,14 +384,14 @@ class Training:
                                     "d_optimizer": self.d_optimizer.state_dict()}
         path = Path(self.settings["out"], name)
         try:
-            save_checkpoint(path, self.model, self.average.module.state_dict(), **extra)
+            save_checkpoint(path, self.model, self.ema.module.state_dict(), **extra)
         except ColorizeError as error:
             say(f"not saved, the previous one stays: {error}")
 
     def restore(self, state: dict) -> None:
         """Take up a run where last.tar left it."""
         self.model.load_state_dict(state["weights"])
-        self.average.load_state_dict(state["average"])
+        self.ema.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.discriminator is not None:
             self.discriminator.load_state_dict(state["discriminator"])
@@ -369,7 +400,7 @@ class Training:
         self.sums, self.skipped = state["sums"], state["skipped"]
 
     def run(self) -> None:
-        """Train to the last epoch; on SIGINT and SIGTERM finish the step, save and leave."""
+        """Train to the last epoch; on SIGINT and SIGTERM render the step, save and leave."""
         stop = []
         handlers = {number: signal.signal(number, lambda number, _: stop.append(number))
                     for number in (signal.SIGINT, signal.SIGTERM)}
@@ -394,9 +425,9 @@ class Training:
         label = f"epoch {epoch + 1}"
         for lab, labels in batches if self.rank else progress(batches, len(batches), label):
             waiting += time.monotonic() - asked
-            self.learn(lab, labels)
+            self.train_step(lab, labels)
             seen += len(lab) * self.world
-            stopped = self.largest(stop[0] if stop else 0)
+            stopped = self.max_over_ranks(stop[0] if stop else 0)
             if stopped:
                 self.save("last.tar")
                 say(f"stopped at step {self.step}; go on with --resume auto")
@@ -414,8 +445,8 @@ class Training:
         self.sums = {}
         self.finish_epoch(row)
 
-    def largest(self, number: int) -> int:
-        """The largest of the ranks' numbers: all stop, or fail, at the same step."""
+    def max_over_ranks(self, number: int) -> int:
+        """The max_over_ranks of the ranks' numbers: all stop, or fail, at the same step."""
         if self.world == 1:
             return number
         shared = torch.tensor(number, device=self.device)

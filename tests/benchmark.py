@@ -22,9 +22,10 @@ sys.path.insert(0, str(ROOT))
 
 from basic_model import (PRETRAINED, ColorNet, load_checkpoint, read_tensors,  # noqa: E402
                          save_checkpoint, use_bf16)
-from colorize_data import ColorizeData, build_array, decode_lab, find_photos, prepare  # noqa: E402
-from inference import (Controls, choose_colors, enlarger, guide_slope, lightness,  # noqa: E402
-                       predict, working_copy)
+from colorize_data import ColorizeData, build_array, decode_lab, prepare  # noqa: E402
+from controls import Controls, apply_controls  # noqa: E402
+from inference import predict  # noqa: E402
+from photo import (find_photos, guide_slope, guided_upsampler, lightness, working_copy)  # noqa: E402
 from train import regression_loss, train  # noqa: E402
 
 SAMPLES = ROOT / "data" / "input"
@@ -215,7 +216,7 @@ def joint_bilateral(ab, small, L):
 
 
 def edge_aware(ab, small, L):
-    return enlarger(small, ab, L.shape[1], L.shape[0])(L, 0)
+    return guided_upsampler(small, ab, L.shape[1], L.shape[0])(L, 0)
 
 
 def benchmark_edges(folder: Path) -> None:
@@ -232,7 +233,7 @@ def benchmark_edges(folder: Path) -> None:
                 gray = working_copy(image, min(image.size) // factor)
                 small, ab = lightness(gray), rgb2lab(np.asarray(gray))[..., 1:].astype(np.float32)
                 if kind == "predicted":
-                    ab = choose_colors(model, predict(model, small[None])[0], small, Controls())[0]
+                    ab = apply_controls(model, predict(model, small[None])[0], small, Controls())[0]
                 for name, method in methods.items():
                     made = np.concatenate([lab[..., :1], method(ab, small, lab[..., 0])], axis=-1)
                     error = deltaE_ciede2000(lab, made).mean()
@@ -251,7 +252,7 @@ def benchmark_mirror(folder: Path) -> None:
         small = np.ascontiguousarray(lab[..., 0])
         with torch.inference_mode():
             alone = model.predict(torch.from_numpy(small)[None, None])[0].permute(1, 2, 0).numpy()
-        both = choose_colors(model, predict(model, small[None])[0], small, Controls())[0]
+        both = apply_controls(model, predict(model, small[None])[0], small, Controls())[0]
         for mirrored, ab in ((False, alone), (True, both)):
             made = np.concatenate([lab[..., :1], ab], axis=-1)
             errors[mirrored].append(deltaE_ciede2000(lab, made).mean())

@@ -17,10 +17,10 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from basic_model import load_checkpoint  # noqa: E402
-from colorize_data import (ColorizeData, decode_lab, find_photos,  # noqa: E402
-                           picture_sheet, read_photo)
-from evaluate import picture_of, score, summarize  # noqa: E402
-from inference import colorize, working_copy  # noqa: E402
+from colorize_data import ColorizeData, decode_lab  # noqa: E402
+from evaluate import score, summarize  # noqa: E402
+from inference import colorize  # noqa: E402
+from photo import (find_photos, lab_to_image, picture_sheet, read_photo, working_copy)  # noqa: E402
 from train import train  # noqa: E402
 
 BATCH, SIZE, SCORED = 32, 128, 400
@@ -43,7 +43,7 @@ def scores(predict, val: ColorizeData) -> str:
         stored, _ = val.__getitems__([n])
         lab = decode_lab(stored)
         ab = predict(lab[:, :1])
-        made, true = (np.asarray(picture_of(lab[0, 0].numpy(), x[0].permute(1, 2, 0).numpy()))
+        made, true = (np.asarray(lab_to_image(lab[0, 0].numpy(), x[0].permute(1, 2, 0).numpy()))
                       for x in (ab, lab[:, 1:]))
         rows.append(score(made, true))
     summary = summarize(rows)

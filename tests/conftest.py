@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.pop("COLORIZE_TRACEBACK", None)
 
 from basic_model import ColorNet, save_checkpoint  # noqa: E402
-from colorize_data import lab_to_rgb, to_8_bit  # noqa: E402
+from photo import lab_to_rgb, to_8_bit  # noqa: E402
 
 
 def made_photo(seed: int, width: int = 96, height: int = 80) -> Image.Image:

@@ -11,10 +11,11 @@ import torchvision
 from skimage.color import rgb2lab
 
 import basic_model
-from basic_model import (ColorNet, Discriminator, annealed_mean, color_bins, encoder_levels,
-                         initialize, load_checkpoint, rarity_weights, read_tensors,
+from basic_model import (ColorNet, Discriminator, annealed_mean, color_bins,
+                         encoder_levels, initialize, load_checkpoint, read_tensors,
                          save_checkpoint, soft_encode, starting_checkpoint)
-from colorize_data import ColorizeError, in_gamut
+from photo import ColorizeError, in_gamut
+from train import rarity_weights
 
 
 @functools.cache

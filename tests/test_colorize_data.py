@@ -17,9 +17,10 @@ from PIL import ExifTags, Image, ImageCms, ImageFilter, PngImagePlugin
 from skimage import color
 
 import colorize_data
-from colorize_data import (SIDE, ColorizeData, ColorizeError, Photo, class_names, decode_lab,
-                           encode_lab, find_photos, gray_to_L, in_gamut, into_gamut, lab_to_rgb,
-                           prepare, read_photo, rgb_to_lab, write_photo)
+from colorize_data import (SIDE, ColorizeData, class_names, decode_lab, encode_lab,
+                           prepare)
+from photo import (ColorizeError, Photo, gray_to_L, find_photos, in_gamut, into_gamut,
+                   lab_to_rgb, read_photo, rgb_to_lab, write_photo)
 from conftest import made_photo
 
 # what Pillow says of damaged files; the project silences it, pytest brings it back

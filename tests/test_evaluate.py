@@ -18,9 +18,10 @@ from PIL import Image
 from skimage.color import deltaE_ciede2000, rgb2lab
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+import colorize_data
 import evaluate
-from colorize_data import ColorizeError, FlagError
 from evaluate import score, summarize
+from photo import ColorizeError, FlagError
 
 TRUTH, MADE = np.asarray(made_photo(0)), np.asarray(made_photo(1))
 GRAY = np.asarray(made_photo(0).convert("L").convert("RGB"))
@@ -195,7 +196,7 @@ def folder(photos, tmp_path):
 
 def test_the_data_report_counts_what_there_is(folder, capsys):
     made_photo(90).convert("L").save(folder / "train" / "gray.png")
-    evaluate.data(data=folder)
+    colorize_data.data(data=folder)
     out = capsys.readouterr().out
     assert "train: 8 photographs used" in out and "val: 4 photographs used" in out
     assert "1 left out, without colour: train/gray.png" in out
@@ -217,14 +218,14 @@ def test_the_histogram_is_bright_where_colours_are():
 def test_the_same_photograph_in_train_and_val_is_an_error_that_names_both(folder):
     shutil.copy(folder / "train" / "square" / "0.png", folder / "val" / "copy.png")
     with pytest.raises(ColorizeError) as error:
-        evaluate.data(data=folder)
+        colorize_data.data(data=folder)
     assert "train/square/0.png" in str(error.value) and "val/copy.png" in str(error.value)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, float("nan")])
 def test_a_fraction_that_makes_no_sense_is_refused(tmp_path, fraction):
     with pytest.raises(FlagError, match="between 0 and 1"):
-        evaluate.data(data=tmp_path, val_fraction=fraction)
+        colorize_data.data(data=tmp_path, val_fraction=fraction)
 
 
 # ----------------------------------------------------------------------------------- import
@@ -249,7 +250,7 @@ FLOWERS = [f"{flower}/{i}.png" for flower in ("rose", "tulip") for i in range(15
 @pytest.mark.parametrize("kind", ["zip", "tar", "gztar", "xztar", "folder"])
 def test_an_import_splits_by_content_and_keeps_classes(tmp_path, kind):
     source = pack(make_set(tmp_path / "flowers", FLOWERS), kind)
-    evaluate.import_photos(source, tmp_path / "data", 0.3)
+    colorize_data.import_photos(source, tmp_path / "data", 0.3)
     made = files(tmp_path / "data")
     assert sorted(name.split("/", 1)[1] for name in made) == sorted(FLOWERS)
     assert 2 <= sum(name.startswith("val/") for name in made) <= 18
@@ -259,12 +260,12 @@ def test_an_import_splits_by_content_and_keeps_classes(tmp_path, kind):
 
 def test_the_split_is_the_same_again_and_added_files_move_none(tmp_path):
     source = make_set(tmp_path / "flowers", FLOWERS)
-    evaluate.import_photos(source, tmp_path / "data", 0.3)
+    colorize_data.import_photos(source, tmp_path / "data", 0.3)
     first = files(tmp_path / "data")
-    evaluate.import_photos(source, tmp_path / "again", 0.3)
+    colorize_data.import_photos(source, tmp_path / "again", 0.3)
     assert files(tmp_path / "again") == first
     make_set(source, FLOWERS + [f"lily/{i}.png" for i in range(10)])
-    evaluate.import_photos(source, tmp_path / "data", 0.3)
+    colorize_data.import_photos(source, tmp_path / "data", 0.3)
     assert set(first) < set(files(tmp_path / "data")) and len(files(tmp_path / "data")) == 40
 
 
@@ -273,7 +274,7 @@ def test_other_photographs_of_the_same_names_are_taken_too(tmp_path):
         path = tmp_path / folder / "1.png"
         path.parent.mkdir()
         made_photo(0, 64 if folder == "one" else 96, 64).save(path)
-        evaluate.import_photos(path.parent, tmp_path / "data", 1e-9)
+        colorize_data.import_photos(path.parent, tmp_path / "data", 1e-9)
     assert len(files(tmp_path / "data")) == 2
     assert "train/1.png" in files(tmp_path / "data")
 
@@ -281,7 +282,7 @@ def test_other_photographs_of_the_same_names_are_taken_too(tmp_path):
 def test_another_fraction_puts_no_photograph_into_both(tmp_path):
     source = make_set(tmp_path / "flowers", FLOWERS)
     for fraction in (0.1, 0.6):
-        evaluate.import_photos(source, tmp_path / "data", fraction)
+        colorize_data.import_photos(source, tmp_path / "data", fraction)
     assert len(files(tmp_path / "data")) == len(FLOWERS)
 
 
@@ -293,7 +294,7 @@ def test_another_fraction_puts_no_photograph_into_both(tmp_path):
     (["val/cat/0.png", "val/cat/1.png"], ["val/cat/0.png", "val/cat/1.png"])])
 @pytest.mark.parametrize("kind", ["zip", "folder"])
 def test_a_set_that_is_split_stays_split_so(tmp_path, kind, names, expected):
-    evaluate.import_photos(pack(make_set(tmp_path / "set", names), kind), tmp_path / "data", 0.5)
+    colorize_data.import_photos(pack(make_set(tmp_path / "set", names), kind), tmp_path / "data", 0.5)
     assert files(tmp_path / "data") == expected
 
 
@@ -330,7 +331,7 @@ def test_a_hostile_archive_is_refused_and_nothing_is_written(tmp_path, make, end
     source = tmp_path / f"set.{ending}"
     make(source, kind)
     with pytest.raises(ColorizeError) as error:
-        evaluate.data(data=tmp_path / "deep" / "data", source=source)
+        colorize_data.data(data=tmp_path / "deep" / "data", source=source)
     assert "\n" not in str(error.value) and "nothing was taken" in str(error.value)
     assert files(tmp_path) == [source.name] and not Path("/tmp/escaped.png").exists()
 
@@ -362,7 +363,7 @@ def damaged(path: Path, kind: str) -> Path:
 def test_a_damaged_archive_is_one_line(tmp_path, kind):
     source = damaged(tmp_path / "set.bin", kind)
     with pytest.raises(ColorizeError, match="--source") as error:
-        evaluate.import_photos(source, tmp_path / "data", 0.1)
+        colorize_data.import_photos(source, tmp_path / "data", 0.1)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "data").exists() or files(tmp_path / "data") == []
 
@@ -371,7 +372,7 @@ def test_an_archive_larger_than_the_disk_is_refused(tmp_path, monkeypatch):
     source = pack(make_set(tmp_path / "flowers", FLOWERS), "zip")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(ColorizeError, match="free"):
-        evaluate.import_photos(source, tmp_path / "data", 0.1)
+        colorize_data.import_photos(source, tmp_path / "data", 0.1)
     assert files(tmp_path / "data") == []
 
 

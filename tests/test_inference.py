@@ -19,9 +19,10 @@ from skimage.color import lab2rgb, rgb2lab
 from skimage.io import imread
 
 import inference
-from basic_model import load_checkpoint, tilt
-from colorize_data import ColorizeError, FlagError
-from inference import MOODS, colorize, read_controls
+from basic_model import load_checkpoint
+from controls import MOODS, read_controls, tilt
+from inference import colorize
+from photo import ColorizeError, FlagError
 
 HEADS = ("ab", "bins")
 
@@ -268,13 +269,13 @@ def test_hints_spread_as_the_direct_solution_does():
     free = ~fixed.ravel()
     d = np.where(fixed[..., None], d, 0).reshape(-1, 2)
     d[free] = np.linalg.solve(A[np.ix_(free, free)], -A[np.ix_(free, ~free)] @ d[~free])
-    assert inference.spread_hints(L, ab, [(6, 9, 30, -10)]) == pytest.approx(
+    assert inference.propagate_hints(L, ab, [(6, 9, 30, -10)]) == pytest.approx(
         ab + d.reshape(h, w, 2), abs=0.3)
 
 
 def test_a_hint_fills_its_shape_and_stops_at_the_outline():
     L = two_sides()
-    ab = inference.spread_hints(L, np.zeros((48, 64, 2), np.float32), [(20, 20, 30, -20)])
+    ab = inference.propagate_hints(L, np.zeros((48, 64, 2), np.float32), [(20, 20, 30, -20)])
     assert ab[L == 70] == pytest.approx(np.tile([30, -20], ((L == 70).sum(), 1)), abs=1.5)
     assert np.abs(ab[L == 45]).max() < 1
 
@@ -322,7 +323,7 @@ def test_hints_are_for_one_photograph(photos, run, tmp_path):
 def test_constant_lightness_leaves_plain_bicubic():
     ab = np.random.default_rng(0).normal(0, 20, (12, 16, 2)).astype(np.float32)
     L = np.full((50, 70), 40, np.float32)
-    enlarged = inference.enlarger(np.full((12, 16), 40, np.float32), ab, 70, 50)(L, 0)
+    enlarged = inference.guided_upsampler(np.full((12, 16), 40, np.float32), ab, 70, 50)(L, 0)
     for i in (0, 1):
         plane = Image.fromarray(ab[..., i]).resize((70, 50), Image.Resampling.BICUBIC)
         assert enlarged[..., i] == pytest.approx(np.asarray(plane), abs=1e-3)
@@ -335,7 +336,7 @@ def test_colour_follows_an_edge_better_than_bicubic():
     ab = np.where(L[..., None] > 50, [30, 20], [-20, -10]).astype(np.float32)
     small = np.stack([np.asarray(Image.fromarray(plane).resize((16, 16), Image.Resampling.BOX))
                       for plane in (L, ab[..., 0], ab[..., 1])], axis=-1)
-    edge_aware = inference.enlarger(small[..., 0], small[..., 1:], 128, 128)(L, 0)
+    edge_aware = inference.guided_upsampler(small[..., 0], small[..., 1:], 128, 128)(L, 0)
     plain = np.stack([np.asarray(Image.fromarray(np.ascontiguousarray(small[..., i])).resize(
         (128, 128), Image.Resampling.BICUBIC)) for i in (1, 2)], axis=-1)
     assert np.abs(edge_aware - ab).mean() < 0.6 * np.abs(plain - ab).mean()

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-import evaluate
+import colorize_data
 import main
-from colorize_data import ColorizeError, FlagError
+from photo import ColorizeError, FlagError
 
 ROOT = Path(main.__file__).parent
 FLAGS = {"count": main.Flag("int", None, "", ""), "learning_rate": main.Flag("float", None, "", ""),
@@ -82,7 +82,7 @@ print(sorted({"torch", "numpy", "PIL", "torchvision"} & set(sys.modules)))"""
     (raises(ColorizeError("x.png: broken")), 1, "error: x.png: broken\n"),
     (raises(FlagError("--lr 0: too low")), 2, "error: --lr 0: too low\n")])
 def test_how_a_command_ends_is_the_exit_code(monkeypatch, capsys, effect, code, said):
-    monkeypatch.setattr(evaluate, "data", effect)
+    monkeypatch.setattr(colorize_data, "data", effect)
     assert main.main(["data"]) == code
     assert capsys.readouterr().err == said
 
@@ -105,7 +105,7 @@ def test_a_missing_package_points_to_the_set_up(monkeypatch, capsys):
 def test_a_defect_is_never_hidden_nor_a_traceback_that_was_asked_for(monkeypatch):
     for error, asked in ((ZeroDivisionError, ""), (ColorizeError, "1")):
         monkeypatch.setenv("COLORIZE_TRACEBACK", asked)
-        monkeypatch.setattr(evaluate, "data", raises(error()))
+        monkeypatch.setattr(colorize_data, "data", raises(error()))
         with pytest.raises(error):
             main.main(["data"])
 

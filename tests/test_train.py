@@ -16,9 +16,11 @@ import torch
 from PIL import Image
 from conftest import ROOT
 
-from basic_model import BinsLoss, color_bins, color_statistics, load_checkpoint, read_tensors
-from colorize_data import ColorizeData, ColorizeError, FlagError, prepare
-from train import Training, ema_update, learning_rate, regression_loss, scene_loss, train
+from basic_model import bins_prior, color_bins, load_checkpoint, read_tensors
+from colorize_data import ColorizeData, count_colors, prepare
+from photo import ColorizeError, FlagError
+from train import (BinsLoss, Training, ema_update, learning_rate, regression_loss,
+                   scene_loss, train)
 
 TINY = {"size": 64, "stages": 2, "init": "none", "epochs": 2, "batch_size": 3, "device": "cpu"}
 
@@ -74,7 +76,8 @@ def test_photographs_without_a_class_do_not_count_for_the_classes():
 def test_color_statistics_are_counts(photos):
     prepare(photos)
     data = ColorizeData([photos / "processed" / "train.npy"])
-    prior, mean_ab = color_statistics(data, color_bins())
+    histogram, mean_ab = count_colors(data)
+    prior = bins_prior(histogram, color_bins())
     stored = np.load(photos / "processed" / "train.npy")[:, ::4, ::4].reshape(-1, 3).astype(float)
     assert prior.sum().item() == pytest.approx(1, abs=1e-5)
     mean = stored[:, 1:].mean(axis=0) - 128
@@ -82,7 +85,7 @@ def test_color_statistics_are_counts(photos):
     L = np.rint(stored[:, 0] / 2.55).astype(int)
     for value in (40, 60):
         expected = stored[L == value, 1:].mean(axis=0) - 128
-        assert mean_ab[value].numpy() == pytest.approx(expected, abs=0.5)
+        assert mean_ab[value] == pytest.approx(expected, abs=0.5)
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():
@@ -172,11 +175,11 @@ def test_adversarial_steps_leave_the_other_network_alone(photos, tmp_path, check
     training = made_training(photos, tmp_path, loss="gan", init=str(checkpoints["ab"]))
     lab = torch.rand(2, 3, 64, 64) * 100
     generator = {k: v.clone() for k, v in training.model.named_parameters()}
-    training.learn_to_discriminate(lab[:, :1], lab[:, 1:], -lab[:, 1:], 1.0)
+    training.discriminator_step(lab[:, :1], lab[:, 1:], -lab[:, 1:], 1.0)
     assert all(torch.equal(v, generator[k]) for k, v in training.model.named_parameters())
     judge = {k: v.clone() for k, v in training.discriminator.named_parameters()}
     training.d_optimizer.zero_grad()
-    training.fooling_loss(lab[:, :1], training.model(lab[:, :1])).backward()
+    training.adversarial_loss(lab[:, :1], training.model(lab[:, :1])).backward()
     assert all(torch.equal(v, judge[k]) and v.grad is None
                for k, v in training.discriminator.named_parameters())
     assert any(p.grad.any() for p in training.model.parameters())
@@ -189,7 +192,7 @@ def test_what_is_frozen_stays(flags, frozen, still, photos, tmp_path):
     training = made_training(photos, tmp_path, **flags)
     before = {k: v.clone() for k, v in training.model.state_dict().items()}
     for lab, labels in training.batches(training.train_data, 0, 6):
-        training.learn(lab, labels)
+        training.train_step(lab, labels)
     after = training.model.state_dict()
     for name, value in before.items():
         if "running" in name:
@@ -223,13 +226,13 @@ def test_a_regression_from_a_bins_checkpoint_fits_its_mean_and_keeps_its_colours
 
 def stop_at(step, monkeypatch):
     """SIGTERM comes to this process while the given step runs."""
-    learn = Training.learn
+    learn = Training.train_step
 
     def interrupted(self, lab, labels):
         learn(self, lab, labels)
         if self.step == step:
             os.kill(os.getpid(), signal.SIGTERM)
-    monkeypatch.setattr(Training, "learn", interrupted)
+    monkeypatch.setattr(Training, "train_step", interrupted)
 
 
 @pytest.mark.parametrize("step", [1, 3, 5])
@@ -345,7 +348,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_the_run_goes_on(photos, 
 def test_out_of_memory_names_a_batch_size(photos, tmp_path, monkeypatch):
     def exhausted(*_):
         raise torch.OutOfMemoryError
-    monkeypatch.setattr(Training, "learn", exhausted)
+    monkeypatch.setattr(Training, "train_step", exhausted)
     with pytest.raises(ColorizeError, match="--batch_size 4"):
         run(photos, tmp_path, batch_size=8)
 
