@@ -46,7 +46,7 @@ def soft_encode(ab: torch.Tensor, bins: torch.Tensor) -> tuple[torch.Tensor, tor
 
     sigma 5 ab units; the nearest bin comes first (Zhang et al. 2016, section 2.2).
     """
-    distance, nearest = torch.cdist(ab, bins).topk(NEIGHBOURS, dim=1, max_over_ranks=False)
+    distance, nearest = torch.cdist(ab, bins).topk(NEIGHBOURS, dim=1, largest=False)
     return nearest, torch.softmax(-distance ** 2 / (2 * SIGMA ** 2), dim=1)
 
 
