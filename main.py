@@ -3,8 +3,8 @@
     python main.py train                                     # learn from data/input
     python main.py inference --image x.png --model ckpt.tar  # colour a photograph, or a folder
 
-The command line is read from the commands' own signatures and docstrings, with ast, so that help
-and every mistake in a flag answer before torch is imported.
+A command is a function, its flags are the function's keyword-only parameters. Both are read from
+the source with ast, so that help and every mistake in a flag answer before torch is imported.
 """
 
 import ast
@@ -12,13 +12,17 @@ import difflib
 import importlib
 import math
 import os
+import re
 import sys
 import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
-COMMANDS = {"data": "colorize_data", "train": "train", "inference": "inference", "evaluate": "evaluate"}
+COMMANDS = {"data": "colorize_data", "train": "train", "inference": "inference",
+            "evaluate": "evaluate"}
 HERE = Path(__file__).resolve().parent
+RANGE = re.compile(r"\((-?\d[\d.e-]*?)\.\.(-?[\d.e-]*)\)$")  # (0..4), or (1..), ends a help text
+SAFE = "backslashreplace"  # a file's name may hold bytes that a terminal cannot show
 
 
 class UsageError(Exception):
@@ -26,31 +30,44 @@ class UsageError(Exception):
 
 
 class Flag(NamedTuple):
-    kind: str             # int, float, str, bool or Path
-    choices: list | None
+    kind: str             # int, float, str, bool, Path; list: of str, all words up to the next --
+    choices: list | None  # of a Literal
     default: str          # as the source has it
     help: str
+    group: str = ""       # the heading that it stands under
 
 
 def read_command(name: str) -> tuple[str, dict[str, Flag]]:
-    """A command's summary and flags, from the source of its function."""
+    """A command's summary and flags, from the source of its function.
+
+    Its docstring is a summary, an empty line, then "flag: help" each (indented lines go on with
+    the one above); a line that ends with a colon is the heading of those below it.
+    """
     tree = ast.parse((HERE / f"{COMMANDS[name]}.py").read_text(encoding="utf-8"))
     function = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == name)
     summary, _, lines = ast.get_docstring(function).partition("\n\n")
-    explained = dict(line.split(": ", 1) for line in lines.splitlines() if ": " in line)
+    explained, group = {}, ""
+    for line in re.sub(r"\n +", " ", lines).splitlines():
+        flag, colon, text = line.partition(": ")
+        if colon:
+            explained[flag] = text, group
+        elif line.endswith(":"):
+            group = line
     flags = {}
     for argument, default in zip(function.args.kwonlyargs, function.args.kw_defaults):
         kind, choices = argument.annotation, None
         if isinstance(kind, ast.BinOp):  # X | None
             kind = kind.left
-        if isinstance(kind, ast.Subscript):  # Literal[...]
+        if isinstance(kind, ast.Subscript) and kind.value.id == "Literal":
             elements = kind.slice.elts if isinstance(kind.slice, ast.Tuple) else [kind.slice]
             choices = [element.value for element in elements]
+        elif isinstance(kind, ast.Subscript):  # list[str]
+            kind = kind.value
         kind = type(choices[0]).__name__ if choices else kind.id
         if isinstance(default, ast.Call):  # Path("data/input")
             default = default.args[0]
         flags[argument.arg] = Flag(kind, choices, ast.unparse(default).strip("'"),
-                                   explained.get(argument.arg, ""))
+                                   *explained.get(argument.arg, ("",)))
     return summary, flags
 
 
@@ -60,21 +77,27 @@ def suggest(word: str, known) -> str:
 
 
 def convert(name: str, text: str, flag: Flag):
-    """A flag's text as a value of its type; UsageError if it is none."""
+    """A flag's text as a value of its type and range; UsageError if it is none."""
     if flag.choices:
         for choice in flag.choices:
             if text == str(choice):
                 return choice
         raise UsageError(f"--{name} {text}: choose one of {', '.join(map(str, flag.choices))}"
                          + suggest(text, map(str, flag.choices)))
+    if flag.kind in ("str", "Path"):
+        return Path(text) if flag.kind == "Path" else text
     try:
-        value = {"int": int, "float": float, "str": str, "Path": Path}[flag.kind](text)
-        if flag.kind == "float" and not math.isfinite(value):
+        value = int(text) if flag.kind == "int" else float(text)
+        if not math.isfinite(value):
             raise ValueError
-        return value
     except ValueError:
-        kind = {"int": "a whole number", "float": "a number"}[flag.kind]
+        kind = "a whole number" if flag.kind == "int" else "a number"
         raise UsageError(f"--{name} {text}: must be {kind}") from None
+    limits = RANGE.search(flag.help)
+    low, high = limits.groups() if limits else ("-inf", "")
+    if not float(low) <= value <= float(high or "inf"):
+        raise UsageError(f"--{name} {text}: must be " + (limits[0][1:-1] if high else f"{low} or more"))
+    return value
 
 
 def parse(arguments: list[str], flags: dict[str, Flag]) -> dict:
@@ -99,16 +122,18 @@ def parse(arguments: list[str], flags: dict[str, Flag]) -> dict:
             continue
         if off:
             raise UsageError(f"--{name} is no switch: it takes a value")
-        if not equals and waiting and not waiting[0].startswith("--"):
-            text = waiting.pop(0)
-        if not text:
+        several = flags[name].kind == "list"
+        words = [text] if equals else []
+        while waiting and not waiting[0].startswith("--") and (several or not words):
+            words.append(waiting.pop(0))
+        if not words or "" in words:
             raise UsageError(f"--{name} needs a value")
-        values[name] = convert(name, text, flags[name])
+        values[name] = words if several else convert(name, words[0], flags[name])
     return values
 
 
 def print_help(name: str | None = None) -> None:
-    """The commands, or one command's flags, a line each."""
+    """The commands, or one command's flags under their headings, in 80 columns."""
     if name is None:
         print(__doc__.split("\n\n")[0])
         print("\nusage: python main.py COMMAND [--flag value | --switch]\n")
@@ -117,16 +142,22 @@ def print_help(name: str | None = None) -> None:
         print("\npython main.py COMMAND --help lists a command's flags.")
         return
     summary, flags = read_command(name)
-    indent = " " * 29
     print(f"{summary}\n\nusage: python main.py {name} [--flag value | --switch]\n")
-    for flag_name, flag in flags.items():
-        kind = "|".join(map(str, flag.choices or [])) or {"bool": ""}.get(flag.kind, flag.kind)
-        left = f"  --{flag_name} {kind}".rstrip()
-        default = "" if flag.default in ("None", "False") else f" [{flag.default}]"
-        default = " [on; --no-...]" if flag.default == "True" else default
-        left = f"{left:<29}" if len(left) < 29 else f"{left}\n{indent}"
-        lines = textwrap.wrap(flag.help + default, 71, break_on_hyphens=False)
-        print(left + f"\n{indent}".join(lines))
+    for group in dict.fromkeys(flag.group for flag in flags.values()):
+        print(group + "\n" * bool(group), end="")
+        for flag_name, flag in flags.items():
+            if flag.group == group:
+                print_flag(flag_name, flag)
+
+
+def print_flag(name: str, flag: Flag) -> None:
+    """Name, type or choices, meaning, range and default."""
+    kind = "|".join(map(str, flag.choices or [flag.kind]))
+    left = f"  --{name} " + {"bool": "", "list": "str ..."}.get(kind, kind)
+    default = "" if flag.default in ("None", "False") else f" [{flag.default}]"
+    default = f" [on; --no-{name}]" if flag.default == "True" else default
+    print(*textwrap.wrap(f"{left:<24}  {flag.help}{default}", 80, break_on_hyphens=False,
+                         break_long_words=False, subsequent_indent=" " * 26), sep="\n")
 
 
 def main(arguments: list[str]) -> int:

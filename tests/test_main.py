@@ -17,7 +17,10 @@ ROOT = Path(main.__file__).parent
 FLAGS = {"count": main.Flag("int", None, "", ""), "learning_rate": main.Flag("float", None, "", ""),
          "mean_color": main.Flag("str", None, "", ""), "out": main.Flag("Path", None, "a", ""),
          "flip": main.Flag("bool", None, "", ""), "stages": main.Flag("int", [2, 3], "3", ""),
-         "loss": main.Flag("str", ["mse", "l1"], "mse", "")}
+         "loss": main.Flag("str", ["mse", "l1"], "mse", ""),
+         "images": main.Flag("list", None, "None", ""),
+         "share": main.Flag("float", None, "0.5", "of all (0..1)"),
+         "epochs": main.Flag("int", None, "20", "how many (1..)")}
 
 
 def raises(error):
@@ -31,7 +34,10 @@ def raises(error):
     ("--count -5", {"count": -5}), ("--mean_color=--x=y", {"mean_color": "--x=y"}),
     ("--learning-rate 2", {"learning_rate": 2.0}), ("--out a/b", {"out": Path("a/b")}),
     ("--flip", {"flip": True}), ("--no-flip --count 2", {"flip": False, "count": 2}),
-    ("--stages 3 --loss l1", {"stages": 3, "loss": "l1"})])
+    ("--stages 3 --loss l1", {"stages": 3, "loss": "l1"}),
+    ("--share 0 --epochs 1", {"share": 0.0, "epochs": 1}), ("--share 1", {"share": 1.0}),
+    ("--images a b -c --flip", {"images": ["a", "b", "-c"], "flip": True}),
+    ("--images=a b", {"images": ["a", "b"]})])
 def test_flags_become_values_of_their_types(line, values):
     assert repr(main.parse(line.split(), FLAGS)) == repr(values)
 
@@ -43,20 +49,22 @@ def test_flags_become_values_of_their_types(line, values):
     ("--count --flip", "--count needs a value"), ("--flip --no-flip", "--flip is given twice"),
     ("--count 1.5", "must be a whole number"), ("--learning_rate nan", "nan: must be a number"),
     ("--stages 5", "choose one of 2, 3"), ("--loss mze", "mse, l1; did you mean mse?"),
-    ("--flip=yes", "--flip is a switch"), ("--no-count 5", "--count is no switch")])
+    ("--flip=yes", "--flip is a switch"), ("--no-count 5", "--count is no switch"),
+    ("--share 2", "--share 2: must be 0..1"), ("--share=-1e-9", "--share -1e-9: must be 0..1"),
+    ("--epochs 0", "--epochs 0: must be 1 or more"), ("--images", "--images needs a value")])
 def test_a_mistake_in_a_flag_is_named(line, said):
     with pytest.raises(main.UsageError, match=rf"^.*{re.escape(said)}.*\Z"):
         main.parse(line.split(), FLAGS)
 
 
 @pytest.mark.parametrize("command", main.COMMANDS)
-def test_help_explains_every_flag_and_default_of_the_function_in_100_columns(command, capsys):
+def test_help_explains_every_flag_and_default_of_the_function_in_80_columns(command, capsys):
     """Read from the source, they agree with what Python itself finds in the imported function."""
     assert main.main([command, "--wrong", "--help"]) == 0
     out = capsys.readouterr().out
     defaults = getattr(__import__(main.COMMANDS[command]), command).__kwdefaults__
     flags = main.read_command(command)[1]
-    assert list(flags) == list(defaults) and max(map(len, out.splitlines())) <= 100
+    assert list(flags) == list(defaults) and max(map(len, out.splitlines())) <= 80
     for name, flag in flags.items():
         assert re.search(rf"^  --{name}\b", out, re.MULTILINE) and flag.help, name
         assert flag.default == str(defaults[name])
@@ -64,6 +72,32 @@ def test_help_explains_every_flag_and_default_of_the_function_in_100_columns(com
             assert main.convert(name, flag.default, flag) == defaults[name]
             assert f"[{defaults[name]}]" in out
     assert command != "train" or "--loss mse|l1|huber|bins|gan" in out
+
+
+def test_a_docstring_gives_headings_continued_lines_and_ranges(tmp_path, monkeypatch, capsys):
+    (tmp_path / "train.py").write_text('''
+def train(*, a: int = 1, b: float | None = None, c: list[str] | str = "x") -> None:
+    """What it does.
+
+    a: first
+    How it ends:
+    b: of a length that
+        two lines take (0..1)
+    Where to:
+    c: files
+    """''')
+    monkeypatch.setattr(main, "HERE", tmp_path)
+    assert main.read_command("train") == ("What it does.", {
+        "a": main.Flag("int", None, "1", "first"),
+        "b": main.Flag("float", None, "None", "of a length that two lines take (0..1)",
+                       "How it ends:"),
+        "c": main.Flag("list", None, "x", "files", "Where to:")})
+    main.print_help("train")
+    assert [re.sub(r"  +", "  ", line) for line in capsys.readouterr().out.splitlines()[4:]] == [
+        "  --a int  first [1]", "How it ends:", "  --b float  of a length that two lines take (0..1)",
+        "Where to:", "  --c str ...  files [x]"]
+    assert main.main(["train", "--b", "2"]) == 2
+    assert capsys.readouterr().err == "error: --b 2: must be 0..1\n"
 
 
 def test_help_and_mistakes_import_nothing_slow():
