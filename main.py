@@ -2,9 +2,6 @@
 
     python main.py train                                     # learn from data/input
     python main.py inference --image x.png --model ckpt.tar  # colour a photograph, or a folder
-
-A command is a function, its flags are the function's keyword-only parameters. Both are read from
-the source with ast, so that help and every mistake in a flag answer before torch is imported.
 """
 
 import ast
@@ -18,11 +15,15 @@ import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
+# a command is a function of that module, its flags are the function's keyword-only parameters
 COMMANDS = {"data": "colorize_data", "train": "train", "inference": "inference",
             "evaluate": "evaluate"}
 HERE = Path(__file__).resolve().parent
-RANGE = re.compile(r"\((-?\d[\d.e-]*?)\.\.(-?[\d.e-]*)\)$")  # (0..4), or (1..), ends a help text
-SAFE = "backslashreplace"  # a file's name may hold bytes that a terminal cannot show
+RANGE = re.compile(r"\((-?\d[\d.e-]*?)\.\.(-?\d[\d.e-]*)\)$")  # (0..4) ends a help text
+# what other programs call our flags; the first that the command has is meant
+SYNONYMS = {"--input": ("--image", "--data"), "--learning_rate": ("--lr",),
+            "--weights": ("--model", "--init"), "--checkpoint": ("--model", "--init")}
+NO_MEMORY = "out of memory|not enough memory|allocate memory"  # a CUDA's and a CPU's RuntimeError
 
 
 class UsageError(Exception):
@@ -32,174 +33,169 @@ class UsageError(Exception):
 class Flag(NamedTuple):
     kind: str             # int, float, str, bool, Path; list: of str, all words up to the next --
     choices: list | None  # of a Literal
-    default: str          # as the source has it
+    default: str
     help: str
     group: str = ""       # the heading that it stands under
 
 
 def read_command(name: str) -> tuple[str, dict[str, Flag]]:
-    """A command's summary and flags, from the source of its function.
-
-    Its docstring is a summary, an empty line, then "flag: help" each (indented lines go on with
-    the one above); a line that ends with a colon is the heading of those below it.
-    """
+    """A command's summary and flags, from its function's docstring and signature."""
+    # parsed, not imported: torch takes seconds, and help or a mistyped flag must not
     tree = ast.parse((HERE / f"{COMMANDS[name]}.py").read_text(encoding="utf-8"))
     function = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == name)
     summary, _, lines = ast.get_docstring(function).partition("\n\n")
-    explained, group = {}, ""
-    for line in re.sub(r"\n +", " ", lines).splitlines():
-        flag, colon, text = line.partition(": ")
-        if colon:
-            explained[flag] = text, group
-        elif line.endswith(":"):
-            group = line
-    flags = {}
+    lines, flags = "\n" + re.sub(r"\n +", " ", lines), {}  # indented: goes on with the one above
     for argument, default in zip(function.args.kwonlyargs, function.args.kw_defaults):
-        kind, choices = argument.annotation, None
-        if isinstance(kind, ast.BinOp):  # X | None
-            kind = kind.left
-        if isinstance(kind, ast.Subscript) and kind.value.id == "Literal":
-            elements = kind.slice.elts if isinstance(kind.slice, ast.Tuple) else [kind.slice]
-            choices = [element.value for element in elements]
-        elif isinstance(kind, ast.Subscript):  # list[str]
-            kind = kind.value
-        kind = type(choices[0]).__name__ if choices else kind.id
-        if isinstance(default, ast.Call):  # Path("data/input")
-            default = default.args[0]
-        flags[argument.arg] = Flag(kind, choices, ast.unparse(default).strip("'"),
-                                   *explained.get(argument.arg, ("",)))
+        before, _, after = lines.partition(f"\n{argument.arg}: ")
+        headings = re.findall(r"^.*:$", before, re.MULTILINE)
+        kind, choices = ast.unparse(argument.annotation).split(" | ")[0], None
+        if kind.startswith("Literal"):  # what its brackets hold is a list, too
+            choices = ast.literal_eval(kind.removeprefix("Literal"))
+            kind = type(choices[0]).__name__
+        default = default.args[0] if isinstance(default, ast.Call) else default  # of Path("a")
+        default = ast.literal_eval(default)
+        default = " ".join(default) if isinstance(default, tuple) else str(default)
+        flags[argument.arg] = Flag(kind.partition("[")[0], choices, default,
+                                   after.partition("\n")[0], (headings or [""])[-1])
     return summary, flags
 
 
 def suggest(word: str, known) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    near = [name for name in SYNONYMS.get(word, ()) if name in known]
+    near += difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def convert(name: str, text: str, flag: Flag):
-    """A flag's text as a value of its type and range; UsageError if it is none."""
+    """A flag's text as a value of its type, within its range; UsageError if it is none."""
     if flag.choices:
-        for choice in flag.choices:
-            if text == str(choice):
-                return choice
-        raise UsageError(f"--{name} {text}: choose one of {', '.join(map(str, flag.choices))}"
-                         + suggest(text, map(str, flag.choices)))
-    if flag.kind in ("str", "Path"):
-        return Path(text) if flag.kind == "Path" else text
+        values = {str(choice): choice for choice in flag.choices}
+        if text in values:
+            return values[text]
+        raise UsageError(f"--{name} {text}: choose one of {', '.join(values)}"
+                         + suggest(text, values))
     try:
-        value = int(text) if flag.kind == "int" else float(text)
-        if not math.isfinite(value):
-            raise ValueError
+        value = {"int": int, "float": float, "str": str, "Path": Path}[flag.kind](text)
     except ValueError:
-        kind = "a whole number" if flag.kind == "int" else "a number"
-        raise UsageError(f"--{name} {text}: must be {kind}") from None
+        value = math.nan
     limits = RANGE.search(flag.help)
-    low, high = limits.groups() if limits else ("-inf", "")
-    if not float(low) <= value <= float(high or "inf"):
-        raise UsageError(f"--{name} {text}: must be " + (limits[0][1:-1] if high else f"{low} or more"))
+    low, high = map(float, limits.groups() if limits else (-1e308, 1e308))
+    if isinstance(value, (int, float)) and not low <= value <= high:  # nor is nan, or inf
+        kind = "a whole number" if flag.kind == "int" else "a number"
+        wanted = limits[0][1:-1] if limits and value == value else kind
+        raise UsageError(f"--{name} {text}: must be {wanted}")
     return value
 
 
 def parse(arguments: list[str], flags: dict[str, Flag]) -> dict:
     """--flag value, --flag=value, --switch and --no-switch to keyword arguments."""
-    values, waiting = {}, list(arguments)
+    values, waiting, name = {}, list(arguments), ""
+    known = [f"--{flag}" for flag in flags]
     while waiting:
         word = waiting.pop(0)
-        if not word.startswith("--"):
-            raise UsageError(f"'{word}' belongs to no flag; flags begin with --")
+        if not word.startswith("--"):  # name is the flag before it
+            raise UsageError(f"'{word}' belongs to no flag; {remedy(word, name, values, known)}")
         name, equals, text = word[2:].partition("=")
         name = name.replace("-", "_")
-        off = name.startswith("no_") and name not in flags and name[3:] in flags
-        name = name[3:] if off else name
+        off = name.startswith("no_") and name not in flags
+        name = name.removeprefix("no_") if off else name
         if name not in flags:
-            raise UsageError(f"no flag --{name}" + suggest(f"--{name}", [f"--{f}" for f in flags]))
+            raise UsageError(f"no flag --{name}{suggest(f'--{name}', known)}")
         if name in values:
             raise UsageError(f"--{name} is given twice")
-        if flags[name].kind == "bool":
-            if equals:
-                raise UsageError(f"--{name} is a switch: --{name} or --no-{name}")
-            values[name] = not off
-            continue
-        if off:
+        kind, words = flags[name].kind, [text] * bool(equals)
+        if kind == "bool" and equals:
+            raise UsageError(f"--{name} is a switch: --{name} or --no-{name}")
+        if kind != "bool" and off:
             raise UsageError(f"--{name} is no switch: it takes a value")
-        several = flags[name].kind == "list"
-        words = [text] if equals else []
-        while waiting and not waiting[0].startswith("--") and (several or not words):
+        # only -- begins a flag: -10,20 is a value
+        while waiting and not waiting[0].startswith("--") and (
+                kind == "list" or kind != "bool" and not words):
             words.append(waiting.pop(0))
-        if not words or "" in words:
+        if kind != "bool" and (not words or "" in words):
             raise UsageError(f"--{name} needs a value")
-        values[name] = words if several else convert(name, words[0], flags[name])
+        values[name] = (not off if kind == "bool" else words if kind == "list"
+                        else convert(name, words[0], flags[name]))
     return values
 
 
-def print_help(name: str | None = None) -> None:
-    """The commands, or one command's flags under their headings, in 80 columns."""
+def remedy(word: str, before: str, values: dict, known: list[str]) -> str:
+    """What to write instead of a word that belongs neither to the flag before it nor to any."""
+    if word.startswith("-"):
+        return "flags begin with --" + suggest(f"-{word}", known)
+    if isinstance(values.get(before), bool) and word.lower() in ("true", "false", "yes", "no"):
+        return f"--{before} is a switch: --{before} or --no-{before}"
+    for place in ("image", "source", "data"):  # a photograph, an archive or a folder by itself
+        if f"--{place}" in known and place not in values:
+            return f"write --{place} {word}"
+    return "a value that holds spaces needs quotes"
+
+
+def print_help(name: str | None) -> None:
+    """One command's flags under their headings, or the commands, in 80 columns."""
     if name is None:
-        print(__doc__.split("\n\n")[0])
-        print("\nusage: python main.py COMMAND [--flag value | --switch]\n")
-        for command in COMMANDS:
-            print(f"  {command:<10} {read_command(command)[0]}")
-        print("\npython main.py COMMAND --help lists a command's flags.")
+        commands = [f"  {command:<10} {read_command(command)[0]}" for command in COMMANDS]
+        print(__doc__, "usage: python main.py COMMAND [--flag value | --switch]\n", *commands,
+              "\npython main.py COMMAND --help lists a command's flags.", sep="\n")
         return
     summary, flags = read_command(name)
     print(f"{summary}\n\nusage: python main.py {name} [--flag value | --switch]\n")
-    for group in dict.fromkeys(flag.group for flag in flags.values()):
-        print(group + "\n" * bool(group), end="")
-        for flag_name, flag in flags.items():
-            if flag.group == group:
-                print_flag(flag_name, flag)
-
-
-def print_flag(name: str, flag: Flag) -> None:
-    """Name, type or choices, meaning, range and default."""
-    kind = "|".join(map(str, flag.choices or [flag.kind]))
-    left = f"  --{name} " + {"bool": "", "list": "str ..."}.get(kind, kind)
-    default = "" if flag.default in ("None", "False") else f" [{flag.default}]"
-    default = f" [on; --no-{name}]" if flag.default == "True" else default
-    print(*textwrap.wrap(f"{left:<24}  {flag.help}{default}", 80, break_on_hyphens=False,
-                         break_long_words=False, subsequent_indent=" " * 26), sep="\n")
+    group = ""
+    for flag_name, flag in flags.items():
+        if flag.group != group:
+            print(group := flag.group)
+        kind = "|".join(map(str, flag.choices or [flag.kind]))
+        left = f"  --{flag_name} " + {"bool": "", "list": "str ..."}.get(kind, kind)
+        default = "" if flag.default in ("None", "False") else f" [{flag.default}]"
+        default = f" [on; --no-{flag_name}]" if flag.default == "True" else default
+        print(*textwrap.wrap(f"{left:<22}  {flag.help}{default}", 80, break_on_hyphens=False,
+                             break_long_words=False, subsequent_indent=" " * 24), sep="\n")
 
 
 def main(arguments: list[str]) -> int:
-    """Run one command; returns the exit status."""
-    if not arguments or arguments[0] in ("--help", "-h", "help"):
-        print_help()
-        return 0
-    name = arguments[0]
+    """Run one command; returns the exit status. COLORIZE_TRACEBACK=1 shows where it failed."""
+    name, *rest = arguments or ["help"]
+    if name in ("--help", "-h", "help"):
+        name, rest = rest[0] if rest else None, ["--help"]
     try:
-        if name not in COMMANDS:
+        if name and name not in COMMANDS:
             raise UsageError(f"no command '{name}'{suggest(name, COMMANDS)}; "
                              f"choose {', '.join(COMMANDS)}")
-        if {"--help", "-h"} & set(arguments):
+        if {"--help", "-h"} & set(rest):
             print_help(name)
-            return 0
-        values = parse(arguments[1:], read_command(name)[1])
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
-        return run(name, values)
+        else:
+            values = parse(rest, read_command(name)[1])
+            getattr(importlib.import_module(COMMANDS[name]), name)(**values)
+        sys.stdout.flush()
+        return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-
-
-def run(name: str, values: dict) -> int:
-    """Import a command and call it; returns the exit status."""
-    try:
-        module = importlib.import_module(COMMANDS[name])
-        from photo import ColorizeError, FlagError
-    except ImportError as error:
-        print(f"error: {error}; set up the environment first (README.md)", file=sys.stderr)
-        return 1
-    try:
-        getattr(module, name)(**values)
-    except ColorizeError as error:
-        if os.environ.get("COLORIZE_TRACEBACK"):
+    except BrokenPipeError:  # as of `| head`: the flush at exit would fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        text, status = explain(error)
+        if not text or os.environ.get("COLORIZE_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, FlagError) else 1
-    return 0
+    # no name of a file or server can move the cursor
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    print(f"error: {text}", file=sys.stderr)
+    return status
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """An error that the user can mend as one line, "" for a defect; and the exit status."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}  # by name: photo imports torch
+    if kinds & {"UsageError", "ColorizeError"}:
+        return str(error), 2 if kinds & {"UsageError", "FlagError"} else 1
+    if isinstance(error, ImportError):
+        return f"{error}; set up the environment first (README.md)", 1
+    if isinstance(error, MemoryError) or re.search(NO_MEMORY, str(error)):
+        return "out of memory; a smaller --size, --batch_size or photograph needs less", 1
+    if isinstance(error, OSError):  # a disk or a permission that no command foresaw
+        return f"{error.filename or 'standard output'}: {error.strerror or error}", 1
+    return "", 1
 
 
 if __name__ == "__main__":

@@ -19,8 +19,7 @@ FLAGS = {"count": main.Flag("int", None, "", ""), "learning_rate": main.Flag("fl
          "flip": main.Flag("bool", None, "", ""), "stages": main.Flag("int", [2, 3], "3", ""),
          "loss": main.Flag("str", ["mse", "l1"], "mse", ""),
          "images": main.Flag("list", None, "None", ""),
-         "share": main.Flag("float", None, "0.5", "of all (0..1)"),
-         "epochs": main.Flag("int", None, "20", "how many (1..)")}
+         "share": main.Flag("float", None, "0.5", "of all (0..1)")}
 
 
 def raises(error):
@@ -35,7 +34,7 @@ def raises(error):
     ("--learning-rate 2", {"learning_rate": 2.0}), ("--out a/b", {"out": Path("a/b")}),
     ("--flip", {"flip": True}), ("--no-flip --count 2", {"flip": False, "count": 2}),
     ("--stages 3 --loss l1", {"stages": 3, "loss": "l1"}),
-    ("--share 0 --epochs 1", {"share": 0.0, "epochs": 1}), ("--share 1", {"share": 1.0}),
+    ("--share 0", {"share": 0.0}), ("--share 1", {"share": 1.0}),
     ("--images a b -c --flip", {"images": ["a", "b", "-c"], "flip": True}),
     ("--images=a b", {"images": ["a", "b"]})])
 def test_flags_become_values_of_their_types(line, values):
@@ -51,7 +50,11 @@ def test_flags_become_values_of_their_types(line, values):
     ("--stages 5", "choose one of 2, 3"), ("--loss mze", "mse, l1; did you mean mse?"),
     ("--flip=yes", "--flip is a switch"), ("--no-count 5", "--count is no switch"),
     ("--share 2", "--share 2: must be 0..1"), ("--share=-1e-9", "--share -1e-9: must be 0..1"),
-    ("--epochs 0", "--epochs 0: must be 1 or more"), ("--images", "--images needs a value")])
+    ("--share inf", "must be 0..1"), ("--share x", "must be a number"),
+    ("--images", "--images needs a value"), ("--images a --images b", "given twice"),
+    ("--flip false", "--flip is a switch: --flip or --no-flip"),
+    ("--count 3 b.png", "a value that holds spaces needs quotes"),
+    ("-count 3", "flags begin with --; did you mean --count?")])
 def test_a_mistake_in_a_flag_is_named(line, said):
     with pytest.raises(main.UsageError, match=rf"^.*{re.escape(said)}.*\Z"):
         main.parse(line.split(), FLAGS)
@@ -67,8 +70,9 @@ def test_help_explains_every_flag_and_default_of_the_function_in_80_columns(comm
     assert list(flags) == list(defaults) and max(map(len, out.splitlines())) <= 80
     for name, flag in flags.items():
         assert re.search(rf"^  --{name}\b", out, re.MULTILINE) and flag.help, name
-        assert flag.default == str(defaults[name])
-        if defaults[name] is not None and flag.kind != "bool":
+        several = isinstance(defaults[name], tuple)
+        assert flag.default == (" ".join(defaults[name]) if several else str(defaults[name]))
+        if defaults[name] is not None and flag.kind not in ("bool", "list"):
             assert main.convert(name, flag.default, flag) == defaults[name]
             assert f"[{defaults[name]}]" in out
     assert command != "train" or "--loss mse|l1|huber|bins|gan" in out
@@ -98,6 +102,56 @@ def train(*, a: int = 1, b: float | None = None, c: list[str] | str = "x") -> No
         "Where to:", "  --c str ...  files [x]"]
     assert main.main(["train", "--b", "2"]) == 2
     assert capsys.readouterr().err == "error: --b 2: must be 0..1\n"
+
+
+@pytest.mark.parametrize("line, said", [
+    ("inference --input a.png", "no flag --input; did you mean --image?"),
+    ("data --input a", "did you mean --data?"), ("train --learning_rate 1", "did you mean --lr?"),
+    ("inference foto.tif", "'foto.tif' belongs to no flag; write --image foto.tif"),
+    ("inference --overwrite foto.tif", "write --image foto.tif"),
+    ("data photos.zip", "write --source photos.zip"),
+    ("evaluate --image my photo.jpg --model a", "needs quotes"),
+    ("inference --compare false", "--compare is a switch: --compare or --no-compare"),
+    ("help tarin", "no command 'tarin'; did you mean train?")])
+def test_what_newcomers_type_gets_the_hint_they_need(line, said, capsys):
+    assert main.main(line.split()) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_help_of_a_command_is_the_same_however_one_asks_and_fits_a_screen(capsys):
+    for command in main.COMMANDS:
+        said = set()
+        for line in ([command, "--help"], ["help", command], ["--help", command]):
+            assert main.main(line) == 0
+            said.add(capsys.readouterr().out)
+        assert len(said) == 1 and 5 < said.pop().count("\n") <= 49
+
+
+def test_nothing_that_a_name_holds_reaches_the_terminal_as_control_characters(monkeypatch, capsys):
+    monkeypatch.setattr(colorize_data, "data", raises(ColorizeError("a\x1b[2J\nb\udcff\u202e")))
+    assert main.main(["data"]) == 1
+    assert capsys.readouterr().err == "error: a\\x1b[2J\\nb\\udcff\\u202e\n"
+    assert main.main(["data", "--\x1b]0;x\a"]) == 2 and main.main(["data", "\r\x9b"]) == 2
+    assert capsys.readouterr().err.replace("\n", "").isprintable()
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't "
+                                "allocate memory: you tried to allocate 1 bytes."),
+    RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")])
+def test_memory_that_runs_out_is_one_line(monkeypatch, capsys, error):
+    monkeypatch.setattr(colorize_data, "data", raises(error))
+    assert main.main(["data"]) == 1
+    assert capsys.readouterr().err.startswith("error: out of memory; a smaller --size")
+
+
+@pytest.mark.parametrize("command", ["data --help", "help", "--help", "evaluate --help"])
+def test_a_reader_that_has_had_enough_ends_a_command_quietly(command):
+    line = f"{sys.executable} main.py {command}"
+    for shell, said in ((f"{line} | true", b""), (f"{line} | head -1", b""),
+                        (f"{line} > /dev/full", b"error: standard output: No space left")):
+        done = subprocess.run(["sh", "-c", f"sleep 0.1; {shell}"], cwd=ROOT, capture_output=True)
+        assert done.stderr.startswith(said) and done.stderr.count(b"\n") <= bool(said), done.stderr
 
 
 def test_help_and_mistakes_import_nothing_slow():
