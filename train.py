@@ -1,21 +1,23 @@
 """Training: objectives, the loop, resuming, history and curves.
 
-    python main.py train                            # data/input -> checkpoints/best_model.tar
-    python main.py train --data my_photos --epochs 50 --loss bins
-    python main.py train --resume auto              # go on where it was cut
-    torchrun --nproc_per_node=4 main.py train       # several devices
+    python main.py train                       # data/input -> checkpoints/best_model.tar
+    python main.py train --init imagenet       # the plain network: an ab head, by MSE
+    python main.py train --data mine --out mine/model --loss bins --epochs 50
+    python main.py train --resume auto         # go on where it was cut
+    torchrun --nproc_per_node=4 main.py train  # several devices
 """
 
+import contextlib
 import math
 import os
+import shlex
 import signal
 import time
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
-import numpy as np
 import torch
 import torchvision
 from torch import distributed, nn
@@ -23,290 +25,328 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from basic_model import (AB_SCALE, ColorNet, Discriminator, all_stored_ab, choose_device, color_bins,
-                         bins_prior, initialize, read_tensors, save_checkpoint,
-                         soft_encode, starting_checkpoint, use_bf16)
+from basic_model import (AB_SCALE, DECODERS, ColorNet, Discriminator, all_stored_ab,
+                         bins_prior, choose_device, color_bins, initialize, read_checkpoint,
+                         save_checkpoint, soft_encode, starting_checkpoint, use_bf16)
 from colorize_data import ColorizeData, class_names, count_colors, decode_lab, prepare
-from photo import ColorizeError, FlagError, progress, say
 from evaluate import draw_curves, draw_preview, picture_scores, write_csv
+from photo import ColorizeError, FlagError, progress, say
 
-HUBER_DELTA = 11.0  # ab units: quadratic below, linear above
+try:
+    import fcntl
+except ImportError:  # Windows: two trainings into one folder are not noticed there
+    fcntl = None
+
+FRESH_LR, TRAINED_LR = 1e-3, 4e-5  # AdamW's own; where all was trained: larger, it forgets
 EMA_DECAY = 0.999   # of the averaged weights, which are the ones validated and shipped
-MAX_NORM = 1.0      # longer gradients are clipped
+MAX_NORM = 1.0      # longer gradients are clipped, so that one odd batch does no harm
+HUBER_DELTA = 11.0  # ab units, a tenth of the scale: quadratic below, linear above
+# of the mean that makes the colour of bins; measured against T 1 and 0.25 (README)
+TEMPERATURE, SATURATION = 0.5, 1.1
+L1_WEIGHT = 100.0   # beside the adversarial loss (Isola et al. 2017, section 3.3)
+D_LR, D_BETAS = 1e-4, (0.5, 0.999)  # half their rate, as the generator comes trained
+NOISE = 0.2         # on the discriminator's -1..1, or it wins early (Sonderby et al. 2017)
 BAD_STEPS = 10      # non-finite losses in a row that end a run
-COLLAPSE = 0.1      # a discriminator's mean loss under this has stopped to teach
-# these may differ between a run and its resumption; every other setting, and the ranks, may not
-FREE_ON_RESUME = {"data", "out", "epochs", "resume", "init", "device", "workers", "save_minutes"}
+# may differ between a run and its resumption; every other setting, and the ranks, may not
+FREE_ON_RESUME = {"data", "out", "epochs", "init", "device", "workers", "save_minutes"}
 
 
-# -------------------------------------------------------------------------------- objectives
+# ------------------------------------------------------------------------------- objectives
 
-REGRESSIONS = {  # of the error in ab/110; and the factor that brings the value back to ab units
-    "mse": (F.mse_loss, AB_SCALE ** 2),
-    "l1": (F.l1_loss, AB_SCALE),
-    "huber": (partial(F.huber_loss, delta=HUBER_DELTA / AB_SCALE), AB_SCALE ** 2),
-}
+class Regression(nn.Module):
+    """Mean error of ab, of an ab head or of the mean colour of a bins head; on ab/110."""
 
+    def __init__(self, error, unit: float):
+        super().__init__()
+        self.error, self.unit = error, unit  # from the loss back to ab units
 
-def regression_loss(name: str, ab: torch.Tensor, true_ab: torch.Tensor,
-                    chroma_weight: float = 0.0) -> torch.Tensor:
-    """Mean loss of ab against true_ab (N, 2, H, W), CIE units in, computed on ab/110 in float32.
-
-    chroma_weight k: each pixel counts 1 + k*chroma/110 times.
-    """
-    loss = REGRESSIONS[name][0](ab.float() / AB_SCALE, true_ab / AB_SCALE, reduction="none")
-    if chroma_weight:
-        loss = loss * (1 + chroma_weight * true_ab.norm(dim=1, keepdim=True) / AB_SCALE)
-    return loss.mean()
-
-
-def scene_loss(scenes: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of the classes, photographs without one (-1) left out (Iizuka et al. 2016)."""
-    total = F.cross_entropy(scenes.float(), labels, ignore_index=-1, reduction="sum")
-    return total / (labels >= 0).sum().clamp(min=1)
-
-
-def rarity_weights(prior: torch.Tensor, rebalance: float) -> torch.Tensor:
-    """Class weights 1/((1-r)*prior + r/Q), mean 1 under the prior (Zhang et al. 2016, eq. 4)."""
-    weights = 1 / ((1 - rebalance) * prior + rebalance / len(prior))
-    return weights / (prior * weights).sum()
+    def forward(self, model, output: torch.Tensor, ab: torch.Tensor) -> torch.Tensor:
+        made = model.decode(output, ab.shape[-2:])  # (N, 2, H, W), CIE units, float32
+        return self.error(made / AB_SCALE, ab / AB_SCALE)
 
 
 class BinsLoss(nn.Module):
-    """Cross-entropy of logits (N, Q, ceil(H/4), ceil(W/4)) with soft-encoded ab (N, 2, H, W).
+    """Cross-entropy of logits (N, Q, H/4, W/4) with the soft encoding of ab (N, 2, H, W).
 
     Each place counts by the rarity of its nearest bin (Zhang et al. 2016, eq. 2).
     """
 
+    unit = 1.0  # nats stay nats
+
     def __init__(self, bins: torch.Tensor, prior: torch.Tensor, rebalance: float):
         super().__init__()
+        # a table over all 65,536 stored ab: to search the nearest bins in each step is slow
         nearest, weights = soft_encode(all_stored_ab(), bins)
         self.register_buffer("nearest", nearest)
         self.register_buffer("weights", weights)
         self.register_buffer("rarity", rarity_weights(prior, rebalance))
 
-    def forward(self, logits: torch.Tensor, ab: torch.Tensor) -> torch.Tensor:
-        ab = F.avg_pool2d(ab, 4, ceil_mode=True, count_include_pad=False).round().long() + 128
-        key = ab[:, 0] * 256 + ab[:, 1]
-        nearest, soft = (table[key].permute(0, 3, 1, 2) for table in (self.nearest, self.weights))
+    def forward(self, model, logits: torch.Tensor, ab: torch.Tensor) -> torch.Tensor:
+        ab = F.avg_pool2d(ab, 4, ceil_mode=True, count_include_pad=False)
+        a, b = (ab.round().long() + 128).unbind(dim=1)
+        key = a * 256 + b
+        # rows of the table, (N, h, w, 5), to the logits' layout, (N, 5, h, w)
+        nearest, soft = (t[key].permute(0, 3, 1, 2) for t in (self.nearest, self.weights))
         log_probability = torch.log_softmax(logits.float(), dim=1).gather(1, nearest)
         return (-(soft * log_probability).sum(dim=1) * self.rarity[nearest[:, 0]]).mean()
 
 
-# --------------------------------------------------------------------------------- schedules
+def rarity_weights(prior: torch.Tensor, rebalance: float) -> torch.Tensor:
+    """Weights 1/((1-r)*prior + r/Q), mean 1 under the prior (Zhang et al. 2016, eq. 4)."""
+    weights = 1 / ((1 - rebalance) * prior + rebalance / len(prior))
+    return weights / (prior * weights).sum()
 
-def learning_rate(step: int, total: int, peak: float, warm_up: int) -> float:
-    """Linear warm-up to the peak, then half a cosine to zero after the last step."""
+
+OBJECTIVES = {  # --loss: what makes objective(model, output, true ab); a new one goes here
+    "mse": lambda model, rebalance: Regression(F.mse_loss, AB_SCALE ** 2),
+    "l1": lambda model, rebalance: Regression(F.l1_loss, AB_SCALE),
+    "huber": lambda model, rebalance: Regression(
+        partial(F.huber_loss, delta=HUBER_DELTA / AB_SCALE), AB_SCALE ** 2),
+    "bins": lambda model, rebalance: BinsLoss(model.bins, model.prior, rebalance),
+    # the discriminator's part is added in train_step
+    "gan": lambda model, rebalance: Regression(F.l1_loss, AB_SCALE),
+}
+
+
+def scene_loss(scenes: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of the classes, where there is one, not -1 (Iizuka et al. 2016)."""
+    total = F.cross_entropy(scenes.float(), labels, ignore_index=-1, reduction="sum")
+    return total / (labels >= 0).sum().clamp(min=1)
+
+
+def realness_loss(logits: torch.Tensor, real: float) -> torch.Tensor:
+    """Cross-entropy of a discriminator's logits with real (1) or made (0)."""
+    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, real))
+
+
+def distribute(network: nn.Module, device: torch.device) -> nn.Module:
+    """The network, its gradients averaged over the ranks where there are several."""
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return network
+    return DistributedDataParallel(network, [device] if device.type == "cuda" else None)
+
+
+# ---------------------------------------------------------------------- schedules and means
+
+def learning_rate(step: int, total: int) -> float:
+    """As a share of its peak: linear warm-up, then half a cosine to zero."""
+    warm_up = min(500, max(total // 20, 1))  # while the averages in Adam fill
     if step < warm_up:
-        return peak * (step + 1) / warm_up
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(total - warm_up, 1)))
+        return (step + 1) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(total - warm_up, 1)))
 
 
 def ema_update(averaged: list, current: list, updates) -> None:
-    """averaged += (1 - d)(current - averaged), d = min(EMA_DECAY, (1 + t)/(10 + t)) at update t."""
-    t = int(updates)
+    """averaged += (1 - d)(current - averaged), d = min(EMA_DECAY, (1 + t)/(10 + t))."""
+    t = int(updates)  # a fixed decay would ship the random start of a short training
     torch._foreach_lerp_(averaged, current, 1 - min(EMA_DECAY, (1 + t) / (10 + t)))
+
+
+class Means:
+    """Named running means of which several ranks make one; each rank has the same names."""
+
+    def __init__(self, *names: str):
+        self.sums = {name: [0.0, 0] for name in names}
+
+    def add(self, count: int, **totals) -> None:
+        """Totals over `count` photographs."""
+        for name, total in totals.items():
+            before, n = self.sums[name]
+            self.sums[name] = [before + float(total), n + count]
+
+    def over_ranks(self, device: torch.device) -> dict[str, float]:
+        """The mean over all ranks of each name that was counted."""
+        sums = torch.tensor(list(self.sums.values()), dtype=torch.float64)
+        if distributed.is_initialized():
+            sums = sums.to(device)
+            distributed.all_reduce(sums)
+        return {name: total / n for name, (total, n) in zip(self.sums, sums.tolist()) if n}
+
+
+def max_over_ranks(number: int, device: torch.device) -> int:
+    """The largest of the ranks' numbers: all stop at the same step, or none."""
+    if not distributed.is_initialized():
+        return number
+    shared = torch.tensor(number, device=device)
+    distributed.all_reduce(shared, distributed.ReduceOp.MAX)
+    return int(shared)
 
 
 # ---------------------------------------------------------------------------------- the run
 
 class Training:
-    """A run in progress: networks, averages, optimizers, counters; learns, validates, saves."""
+    """A run in progress: networks, averages, optimizers, counters; it learns and saves.
 
-    def __init__(self, settings: dict, device: torch.device, amp: bool, manifests: dict,
-                 resumed: dict | None = None):
-        self.settings, self.device, self.amp, self.manifests = settings, device, amp, manifests
+    settings: of settle, nothing left open. start: contents of the checkpoint to start from,
+    or {}; with a key `resume`, those of a last.tar, it goes on.
+    """
+
+    def __init__(self, settings: dict, start: dict, manifests: dict, device: torch.device):
+        self.settings, self.device = settings, device
+        self.amp = use_bf16(settings["amp"], device)
+        self.fingerprint = manifests["train"]["fingerprint"]
         self.rank = distributed.get_rank() if distributed.is_initialized() else 0
         self.world = distributed.get_world_size() if distributed.is_initialized() else 1
-        self.open_photographs()
-        self.make_network(resumed)
+        self.open_photographs(manifests)
+        self.make_network(start)
         self.make_optimizers()
-        self.step, self.history, self.best = 0, [], math.inf
-        self.sums, self.skipped, self.bad_in_a_row = {}, 0, 0
-        self.samples = len(self.train_data) // self.world * self.world  # equal shares for ranks
+        names = ["d_loss", "d_real", "d_fake"] if self.discriminator else []
+        self.means = Means("loss", *names)
+        self.step, self.history, self.best, self.skipped, self.bad = 0, [], math.inf, 0, 0
+        self.failed, self.saved = {}, time.monotonic()  # writes; when last.tar was written
+        self.samples = len(self.train_data) // self.world * self.world  # equal shares
         self.steps_per_epoch = -(-self.samples // (settings["batch_size"] * self.world))
         self.total = self.steps_per_epoch * settings["epochs"]
-        if resumed:
-            self.restore(resumed["resume"])
+        # a validation loss would bring a gan back to its start, and --final has none
+        self.last_is_best = settings["final"] or settings["loss"] == "gan"
+        if "resume" in start:
+            self.restore(start["resume"])
 
-    def open_photographs(self) -> None:
+    def open_photographs(self, manifests: dict) -> None:
         """Datasets of train and val, and the names of the classes."""
-        s, self.classes = self.settings, class_names(self.manifests["train"])
+        s, self.classes = self.settings, class_names(manifests["train"])
         if s["class_weight"] and not self.classes:
-            raise ColorizeError(f"--class_weight: {s['data']}/train has no class folders; put each "
-                                "scene's photographs in a folder of its own, or leave the flag out")
+            raise ColorizeError(f"--class_weight: {s['data']}/train has no class folders; "
+                                "make some, or leave the flag out")
         number = {name: i for i, name in enumerate(self.classes)}
 
-        def opened(splits, **options):
+        def opened(*splits, **options):
             labels = [number.get(label, -1) for split in splits
-                      for *_, label in self.manifests[split]["photographs"]]
+                      for *_, label in manifests[split]["photographs"]]
             arrays = [Path(s["data"], "processed", f"{split}.npy") for split in splits]
             return ColorizeData(arrays, labels, s["size"], limit=s["limit"], **options)
-        self.train_data = opened(["train", "val"] if s["final"] else ["train"], train=True,
-                                 crop=s["crop"], film=s["film"], seed=s["seed"])
-        self.val_data = None if s["final"] else opened(["val"])
-        if not s["final"] and not len(self.val_data):
-            raise ColorizeError(f"no usable photograph to validate with in {s['data']}/val (or set "
-                                "aside from train); add some, or train without: --final")
+        self.train_data = opened(*["train", "val"][:1 + s["final"]], train=True,
+                                 film=s["film"], seed=s["seed"])
+        self.val_data = None if s["final"] else opened("val")
+        if self.val_data is not None and not len(self.val_data):
+            raise ColorizeError(f"{s['data']}/val: no usable photograph to validate with; "
+                                "add some, or train without: --final")
 
-    def make_network(self, resumed: dict | None) -> None:
-        """The network with its starting weights, and their average; settles what was left open."""
-        s = self.settings
-        # a checkpoint of ours brings its head and colours: regressions then fit the bins' mean
-        before = resumed or starting_checkpoint(s["init"], s["encoder"])
-        head = "bins" if s["loss"] == "bins" else before.get("model", {}).get("head", "ab")
-        colors = before.get("colors", {"bins": color_bins(), "temperature": 1.0, "saturation": 1.0})
-        for name in ("temperature", "saturation"):
-            s[name] = colors[name] if s[name] is None else s[name]
+    def make_network(self, start: dict) -> None:
+        """The network with its starting weights, their average, and the objective."""
+        s, resumed = self.settings, "resume" in start
+        colors = start.get("colors") or {"bins": color_bins(), "temperature": TEMPERATURE,
+                                         "saturation": SATURATION}
         if resumed:
-            prior, self.mean_ab = colors.get("prior"), resumed["mean_ab"]
-        else:
+            self.mean_ab = start["mean_ab"]
+        else:  # prior and mean are of these photographs, whatever the start was trained on
             histogram, mean_ab = count_colors(self.train_data)
-            prior = bins_prior(histogram, colors["bins"])
+            colors = colors | {"prior": bins_prior(histogram, colors["bins"])}
             self.mean_ab = torch.from_numpy(mean_ab).float()
-        colors |= {"prior": prior, "temperature": s["temperature"], "saturation": s["saturation"]}
-        torch.manual_seed(s["seed"])
-        self.model = ColorNet(s["encoder"], s["decoder"], head, s["stages"],
+        torch.manual_seed(s["seed"])  # of the weights that start random
+        self.model = ColorNet(s["encoder"], s["decoder"], head_of(s, start), s["stages"],
                               len(self.classes) if s["class_weight"] else 0, colors)
         if resumed:
-            self.start = resumed["training"]["start"]
-            self.trained = set(resumed["training"]["trained"])
+            self.start, trained = (start["training"][name] for name in ("start", "trained"))
         else:
-            self.start, self.trained = initialize(self.model, s["init"], before)
-        if s["lr"] is None:  # gentle where all was trained before
-            fresh = {name for name, _ in self.model.named_parameters()} - self.trained
-            s["lr"] = 1e-3 if fresh else 2e-4
-        if s["freeze_bn"] == "auto":
-            known = any(name.startswith("encoder.") for name in self.trained)
-            s["freeze_bn"] = "encoder" if known else "none"
-        if s["freeze_encoder"]:
+            self.start, trained = initialize(self.model, s["init"], start)
+        self.trained = set(trained)  # names of the weights that did not start random
+        if s["encoder_share"] == 0:
             self.model.encoder.requires_grad_(False)
         self.model.to(self.device, memory_format=torch.channels_last)
-        self.ema = AveragedModel(self.model, multi_avg_fn=ema_update)
-        self.bins_loss, self.unit = None, 1.0  # the unit brings a loss back to ab units
-        if s["loss"] == "bins":
-            self.bins_loss = BinsLoss(colors["bins"], prior, s["rebalance"]).to(self.device)
-        else:
-            self.regression = "l1" if s["loss"] == "gan" else s["loss"]
-            self.unit = REGRESSIONS[self.regression][1]
+        self.ema = AveragedModel(self.model, multi_avg_fn=ema_update)  # copies the buffers
+        self.objective = OBJECTIVES[s["loss"]](self.model, s["rebalance"]).to(self.device)
 
     def make_optimizers(self) -> None:
         """AdamW of the network and, for a gan, the discriminator with its own."""
-        s = self.settings
-        self.parallel = self.distribute(self.model)
-        self.optimizer = torch.optim.AdamW(self.parameter_groups(), lr=s["lr"],
-                                           weight_decay=s["weight_decay"])
+        s, groups = self.settings, {}
+        for name, parameter in self.model.named_parameters():
+            slow = name.startswith("encoder.") and name in self.trained
+            if parameter.requires_grad:
+                groups.setdefault(s["encoder_share"] if slow else 1.0, []).append(parameter)
+        self.parallel = distribute(self.model, self.device)
+        self.optimizer = torch.optim.AdamW(
+            [{"params": group, "scale": share} for share, group in groups.items()],
+            lr=s["lr"], weight_decay=s["weight_decay"])
         self.discriminator = None
         if s["loss"] == "gan":
-            self.discriminator = Discriminator().to(self.device, memory_format=torch.channels_last)
-            self.parallel_discriminator = self.distribute(self.discriminator)
-            self.d_optimizer = torch.optim.AdamW(self.discriminator.parameters(),
-                                                 lr=s["lr_discriminator"], betas=(0.5, 0.999))
-
-    def parameter_groups(self) -> list[dict]:
-        """Trainable weights: fresh ones at the full rate, those trained before at a share of it."""
-        groups = {1.0: []}
-        for name, parameter in self.model.named_parameters():
-            share = self.settings["encoder_lr" if name.startswith("encoder.") else "decoder_lr"]
-            if parameter.requires_grad:
-                groups.setdefault(share if name in self.trained else 1.0, []).append(parameter)
-        return [{"params": group, "scale": share} for share, group in groups.items() if group]
-
-    def distribute(self, network: nn.Module) -> nn.Module:
-        """The network, its gradients averaged over the ranks where there are several."""
-        if self.world == 1:
-            return network
-        devices = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(network, devices)
-
-    def train_mode(self) -> None:
-        """Training mode, but for the batch norms that keep their statistics."""
-        self.model.train()
-        if self.settings["freeze_bn"] == "all":
-            self.model.apply(lambda m: m.eval() if isinstance(m, nn.BatchNorm2d) else None)
-        if self.settings["freeze_bn"] == "encoder" or self.settings["freeze_encoder"]:
-            self.model.encoder.eval()
+            self.discriminator = Discriminator().to(self.device)
+            self.parallel_discriminator = distribute(self.discriminator, self.device)
+            self.d_optimizer = torch.optim.AdamW(self.discriminator.parameters(), lr=D_LR,
+                                                 betas=D_BETAS)
 
     def batches(self, dataset: ColorizeData, first: int, last: int, skip: int = 0):
-        """Batches (lab, labels) of this rank's share of samples first..last, from batch skip on."""
+        """Batches (lab, labels) of this rank's share of samples first..last after `skip`."""
         together = self.settings["batch_size"] * self.world
+        cuda = self.device.type == "cuda"
         shares = [list(range(start + self.rank, min(start + together, last), self.world))
                   for start in range(first, last, together)]
+        workers = self.settings["workers"]
+        if workers is None:  # on a CPU they would take its cores from the network
+            workers = min(8, (os.cpu_count() or 2) - 1) if cuda else 0
         return torch.utils.data.DataLoader(
-            dataset, batch_sampler=[share for share in shares[skip:] if share], collate_fn=tuple,
-            num_workers=self.settings["workers"], pin_memory=self.device.type == "cuda")
+            dataset, batch_sampler=[share for share in shares[skip:] if share],
+            collate_fn=tuple, num_workers=workers, pin_memory=cuda)
 
-    def rate(self, step: int) -> float:
-        """The learning rate of a step as a share of its peak."""
-        return learning_rate(step, self.total, 1.0, min(500, max(self.total // 20, 1)))
-
-    def objective(self, output: torch.Tensor, ab: torch.Tensor) -> torch.Tensor:
-        """The loss of the network's output (logits for bins, else ab) against the true ab."""
-        if self.bins_loss is not None:
-            return self.bins_loss(output, ab)
-        return regression_loss(self.regression, output, ab, self.settings["chroma_weight"])
+    def train_mode(self) -> None:
+        """Training mode, but for the batch norms of an encoder that was trained before."""
+        self.model.train()
+        # on more photographs than these: its statistics are the better ones
+        if any(name.startswith("encoder.") for name in self.trained):
+            self.model.encoder.eval()
 
     def train_step(self, lab: torch.Tensor, labels: torch.Tensor) -> None:
-        """One step on one batch of stored Lab (N, 3, H, W) and class numbers (N,)."""
-        s = self.settings
+        """One step on a batch of stored Lab (N, 3, H, W), uint8, and class numbers (N,)."""
+        # bytes travel to the device, a quarter of the traffic; there they become CIE units
         lab = decode_lab(lab.to(self.device, non_blocking=True))
         lab = lab.contiguous(memory_format=torch.channels_last)
-        L, ab = lab[:, :1], lab[:, 1:]
-        rate = self.rate(self.step)
+        L, ab = lab[:, :1], lab[:, 1:]  # (N, 1, H, W) and (N, 2, H, W)
+        # the rate is a function of the step, set by hand: a scheduler's state would be one
+        # more thing to save, and to get wrong when a run goes on for more epochs
+        rate = learning_rate(self.step, self.total)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * s["lr"] * group["scale"]
+            group["lr"] = rate * self.settings["lr"] * group["scale"]
+        # bf16 in the network alone; losses are float32
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            output, scenes = self.parallel(L, with_scenes=True)
-        if s["loss"] != "bins":
-            output = self.model.decode(output, ab.shape[-2:])
-        loss = self.objective(output, ab)
-        measured = {"loss": loss.detach() * self.unit}
+            output, scenes = self.parallel(L, with_scenes=True)  # ab, or logits of bins
+        loss = self.objective(self.model, output, ab)
+        measured = {"loss": loss.detach() * self.objective.unit}
         if self.discriminator is not None:
-            measured |= self.discriminator_step(L, ab, output.detach(), rate)
-            loss = s["l1_weight"] * loss + self.adversarial_loss(L, output)
+            made = self.model.decode(output, ab.shape[-2:])
+            # the discriminator moves first, by what the network made before this step
+            measured |= self.discriminator_step(L, ab, made.detach(), rate)
+            loss = L1_WEIGHT * loss + self.adversarial_loss(L, made)
         if scenes is not None:
-            loss = loss + s["class_weight"] * scene_loss(scenes, labels.to(self.device))
+            scene = scene_loss(scenes, labels.to(self.device))
+            loss = loss + self.settings["class_weight"] * scene
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(trainable, MAX_NORM)
         self.step += 1
+        # the norm is of gradients averaged over the ranks: they skip a step together
         if not torch.isfinite(norm + loss.detach()):
-            self.skip_step()
-            return
-        self.bad_in_a_row = 0
+            return self.skip_step()
+        self.bad = 0
         self.optimizer.step()
         self.ema.update_parameters(self.model)
-        for name, value in measured.items():
-            total, count = self.sums.get(name, (0.0, 0))
-            self.sums[name] = total + float(value) * len(lab), count + len(lab)
+        totals = {name: value * len(lab) for name, value in measured.items()}
+        self.means.add(len(lab), **totals)
 
     def skip_step(self) -> None:
-        """A non-finite loss or gradient: leave the weights, undo what it did to batch norm."""
-        self.skipped += 1
-        self.bad_in_a_row += 1
+        """A loss or gradient is not finite: undo what the step did to batch norm."""
+        self.skipped, self.bad = self.skipped + 1, self.bad + 1
         for buffer, good in zip(self.model.buffers(), self.ema.module.buffers()):
             buffer.copy_(good)
         say(f"step {self.step}: the loss is not finite; skipped ({self.skipped} so far)")
-        if self.bad_in_a_row == BAD_STEPS:
-            raise ColorizeError(f"the loss was not finite {BAD_STEPS} times in a row; go on from "
-                                "the last good checkpoint with --init, a lower --lr or --amp off")
+        if self.bad == BAD_STEPS:
+            raise ColorizeError(f"the loss was not finite {BAD_STEPS} times in a row; "
+                                "start from the best one, --init, with a lower --lr")
 
     def discriminator_step(self, L, ab, made, rate: float) -> dict:
-        """The discriminator's step; its input noise fades out over the first half of the run.
-
-        L (N, 1, H, W), the true ab and the made one (N, 2, H, W), CIE units.
-        """
+        """The discriminator's step: L (N, 1, H, W), the true and the made ab, CIE units."""
+        # noise that fades out over the first half of the run, from seed and step alone
         seed = (self.settings["seed"] * 1_000_003 + self.step) * self.world + self.rank
         generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn((2 * len(L), 3, *L.shape[-2:]), generator=generator).to(self.device)
-        noise = noise * 0.2 * max(0.0, 1 - 2 * self.step / self.total)
+        noise = torch.randn((2 * len(L), 3, *L.shape[-2:]), generator=generator)
+        noise = noise.to(self.device) * NOISE * max(0.0, 1 - 2 * self.step / self.total)
+        # real and made in one batch, or its batch norm would tell them apart
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            logits = self.parallel_discriminator(torch.cat([L, L]), torch.cat([ab, made]), noise)
+            logits = self.parallel_discriminator(
+                torch.cat([L, L]), torch.cat([ab, made]), noise)
         real, fake = logits.float().chunk(2)
-        loss = (F.binary_cross_entropy_with_logits(real, torch.ones_like(real))
-                + F.binary_cross_entropy_with_logits(fake, torch.zeros_like(fake))) / 2
-        self.d_optimizer.param_groups[0]["lr"] = rate * self.settings["lr_discriminator"]
+        loss = (realness_loss(real, 1.0) + realness_loss(fake, 0.0)) / 2
+        self.d_optimizer.param_groups[0]["lr"] = rate * D_LR
         self.d_optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.discriminator.parameters(), MAX_NORM)
@@ -316,316 +356,408 @@ class Training:
                 "d_fake": fake.detach().sigmoid().mean()}
 
     def adversarial_loss(self, L, made) -> torch.Tensor:
-        """The generator's adversarial loss; the discriminator's weights get no gradient."""
+        """How far the made ab (N, 2, H, W) is from being taken for real."""
+        # gradients pass through the discriminator to the network but leave nothing in it
         self.discriminator.requires_grad_(False)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             logits = self.discriminator(L, made).float()
         self.discriminator.requires_grad_(True)
-        return F.binary_cross_entropy_with_logits(logits, torch.ones_like(logits))
+        return realness_loss(logits, 1.0)
 
     @torch.no_grad()
     def validate(self) -> dict:
-        """Means over the validation photographs for the averaged weights, equal on every rank."""
+        """Means over the validation photographs, for the averaged weights."""
+        if self.val_data is None:
+            return {}
         model = self.ema.module.eval()
-        names = ["n", "loss", "mse", "distance", "psnr", "color", "true_color", "labelled", "right"]
-        sums = torch.zeros(len(names), dtype=torch.float64)
+        pictures = ["distance", "psnr", "colorfulness", "true"]
+        means = Means("val_loss", "mse", *pictures, "accuracy")
         for lab, labels in self.batches(self.val_data, 0, len(self.val_data)):
-            lab = decode_lab(lab.to(self.device))
+            lab, n = decode_lab(lab.to(self.device)), len(lab)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
                 output, scenes = model(lab[:, :1], with_scenes=True)
             ab = model.decode(output, lab.shape[-2:])
-            loss = self.objective(output if self.bins_loss else ab, lab[:, 1:]) * self.unit
-            mse = F.mse_loss(ab, lab[:, 1:])
-            labels = labels.to(self.device)
-            right = 0 if scenes is None else ((scenes.argmax(1) == labels) & (labels >= 0)).sum()
-            sums += torch.tensor([len(lab), loss * len(lab), mse * len(lab), 0, 0, 0, 0,
-                                  (labels >= 0).sum(), right], dtype=torch.float64)
-            sums[3:7] += torch.tensor(picture_scores(lab.cpu(), ab.cpu()), dtype=torch.float64)
-        if self.world > 1:
-            sums = sums.to(self.device)
-            distributed.all_reduce(sums)
-        n = dict(zip(names, sums.tolist()))
-        scores = {name: n[name] / n["n"] for name in ("loss", "mse", "distance", "psnr")}
-        scores = {"val_loss": scores.pop("loss")} | scores
-        scores["colorfulness"] = n["color"] / max(n["true_color"], 1e-9)
-        if self.model.scenes is not None:
-            scores["accuracy"] = n["right"] / max(n["labelled"], 1)
+            loss = self.objective(model, output, lab[:, 1:]) * self.objective.unit
+            means.add(n, val_loss=loss * n, mse=F.mse_loss(ab, lab[:, 1:]) * n)
+            means.add(n, **dict(zip(pictures, picture_scores(lab.cpu(), ab.cpu()))))
+            if scenes is not None:
+                right = (scenes.argmax(1).cpu() == labels)[labels >= 0]
+                means.add(len(right), accuracy=right.sum())
+        scores = means.over_ranks(self.device)
+        scores["colorfulness"] /= max(scores.pop("true"), 1e-9)  # as a ratio to the truth's
         return scores
 
-    @torch.no_grad()
-    def preview(self, path: Path) -> None:
-        """gray | prediction | truth for the same eight validation photographs every time."""
-        numbers = np.linspace(0, len(self.val_data) - 1, min(8, len(self.val_data))).astype(int)
-        lab = decode_lab(self.val_data.__getitems__(numbers.tolist())[0])
-        draw_preview(path, lab, self.ema.module.eval().predict(lab[:, :1].to(self.device)))
-
-
     def save(self, name: str) -> None:
-        """Write best_model.tar (the averaged weights) or last.tar (and all that resuming needs)."""
+        """Write best_model.tar, of averaged weights, or last.tar, to go on from."""
         if self.rank:
             return
-        extra = {"mean_ab": self.mean_ab, "classes": self.classes if self.model.scenes else []}
-        extra["training"] = {  # what a reader needs to make it again
+        classes = self.classes if self.model.scenes else []
+        extra = {"mean_ab": self.mean_ab, "classes": classes, "training": {
+            # what a reader needs to make it again
             "settings": self.settings, "ranks": self.world, "start": self.start,
             "trained": sorted(self.trained), "epoch": self.step // self.steps_per_epoch,
             "step": self.step, "photographs": len(self.train_data),
-            "amp": "bf16" if self.amp else "off",
-            "fingerprint": self.manifests["train"]["fingerprint"],
+            "amp": "bf16" if self.amp else "off", "fingerprint": self.fingerprint,
             "scores": self.history[-1] if self.history else {},
-            "torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
+            "torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}}
         if name == "last.tar":
             extra["resume"] = {
-                "weights": self.model.state_dict(), "average": self.ema.state_dict(),
-                "optimizer": self.optimizer.state_dict(), "step": self.step,
-                "history": self.history, "best": self.best, "sums": self.sums,
-                "skipped": self.skipped}
-            if self.discriminator is not None:
-                extra["resume"] |= {"discriminator": self.discriminator.state_dict(),
-                                    "d_optimizer": self.d_optimizer.state_dict()}
-        path = Path(self.settings["out"], name)
+                "step": self.step, "history": self.history, "best": self.best,
+                "sums": self.means.sums, "skipped": self.skipped,
+                **{key: part.state_dict() for key, part in self.parts().items()}}
+            self.saved = time.monotonic()
         try:
-            save_checkpoint(path, self.model, self.ema.module.state_dict(), **extra)
-        except ColorizeError as error:
-            say(f"not saved, the previous one stays: {error}")
+            save_checkpoint(Path(self.settings["out"], name), self.model,
+                            self.ema.module.state_dict(), **extra)
+            self.failed.pop(name, None)
+        except ColorizeError as error:  # a full disk may have room again an epoch later
+            self.failed[name] = str(error)
+            say(f"not saved, what was there stays: {error}")
+
+    def parts(self) -> dict:
+        """What has a state that is resumed, by its key in last.tar."""
+        parts = {"weights": self.model, "average": self.ema, "optimizer": self.optimizer}
+        if self.discriminator is not None:
+            parts |= {"discriminator": self.discriminator, "d_optimizer": self.d_optimizer}
+        return parts
+
+    def save_when_due(self) -> None:
+        """last.tar, of hundreds of megabytes, where an epoch may take seconds."""
+        if time.monotonic() - self.saved >= self.settings["save_minutes"] * 60:
+            self.save("last.tar")
 
     def restore(self, state: dict) -> None:
-        """Take up a run where last.tar left it."""
-        self.model.load_state_dict(state["weights"])
-        self.ema.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.discriminator is not None:
-            self.discriminator.load_state_dict(state["discriminator"])
-            self.d_optimizer.load_state_dict(state["d_optimizer"])
-        self.step, self.history, self.best = state["step"], state["history"], state["best"]
-        self.sums, self.skipped = state["sums"], state["skipped"]
+        """Take up a run where last.tar left it; a malformed one raises many kinds."""
+        for name, part in self.parts().items():
+            if isinstance(part, torch.optim.Optimizer):  # its own groups, moments that fit
+                groups = part.state_dict()["param_groups"]
+                part.load_state_dict(
+                    {"state": state[name]["state"], "param_groups": groups})
+                for weight, moments in part.state.items():
+                    if any(moments[key].shape != weight.shape
+                           for key in ("exp_avg", "exp_avg_sq")) or moments["step"].ndim:
+                        raise ValueError
+            else:
+                part.load_state_dict(state[name])
+        self.best, self.skipped = float(state["best"]), int(state["skipped"])
+        self.step = int(state["step"])
+        self.means.sums = {name: [float(total), int(n)] for name in self.means.sums
+                           for total, n in [state["sums"][name]]}
+        self.history = [{name: int(x) if name in ("epoch", "step") else float(x)
+                         for name, x in row.items()} | {"epoch": int(row["epoch"])}
+                        for row in state["history"]]
+        if not self.history[-1]["epoch"] * self.steps_per_epoch <= self.step <= self.total:
+            raise ValueError
 
     def run(self) -> None:
-        """Train to the last epoch; on SIGINT and SIGTERM render the step, save and leave."""
+        """Train to the last epoch; when asked to stop, finish the step, save and leave."""
         stop = []
+        # clusters announce the end by TERM, HUP or USR1; what is ignored (nohup) stays so
+        numbers = {getattr(signal, name, signal.SIGTERM)  # Windows has not all of them
+                   for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")}
         handlers = {number: signal.signal(number, lambda number, _: stop.append(number))
-                    for number in (signal.SIGINT, signal.SIGTERM)}
+                    for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
         try:
-            for epoch in range(len(self.history), self.settings["epochs"]):
+            if not self.history:  # the start competes: training may not help
+                self.finish_epoch({"epoch": 0, "step": 0} | self.validate())
+                self.save("last.tar")
+                for error in self.failed.values():  # better now than after hours
+                    raise ColorizeError(error)
+            for epoch in range(self.history[-1]["epoch"], self.settings["epochs"]):
                 self.run_epoch(epoch, stop)
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            # on a CPU it is a RuntimeError like any other, but for its text
+            if not (isinstance(error, (torch.OutOfMemoryError, MemoryError))
+                    or "DefaultCPUAllocator" in str(error)):
+                raise
             smaller = max(self.settings["batch_size"] // 2, 1)
-            raise ColorizeError(f"the {self.device.type} ran out of memory; "
-                                f"try --batch_size {smaller}") from None
+            raise ColorizeError(f"the {self.device.type} ran out of memory; try "
+                                f"--batch_size {smaller}, or a smaller --size") from None
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+        self.save("last.tar")
 
     def run_epoch(self, epoch: int, stop: list) -> None:
-        """One epoch, from wherever in it the step stands; then validation, log, pictures, saves."""
+        """One epoch, from wherever in it the step stands, and what follows it."""
         self.train_mode()
         done, first = self.step - epoch * self.steps_per_epoch, epoch * len(self.train_data)
         batches = self.batches(self.train_data, first, first + self.samples, done)
-        start = saved = time.monotonic()
-        seen, waiting, asked = 0, 0.0, time.monotonic()
-        label = f"epoch {epoch + 1}"
+        seen, waiting, start = 0, 0.0, time.monotonic()
+        label, asked = f"epoch {epoch + 1}/{self.settings['epochs']}", start
         for lab, labels in batches if self.rank else progress(batches, len(batches), label):
-            waiting += time.monotonic() - asked
+            waiting += time.monotonic() - asked  # for the photographs
             self.train_step(lab, labels)
             seen += len(lab) * self.world
-            stopped = self.max_over_ranks(stop[0] if stop else 0)
+            stopped = max_over_ranks(stop[0] if stop else 0, self.device)
             if stopped:
                 self.save("last.tar")
                 say(f"stopped at step {self.step}; go on with --resume auto")
-                raise SystemExit(128 + stopped)
-            due = time.monotonic() - saved >= self.settings["save_minutes"] * 60
-            if due and self.step % self.steps_per_epoch:
-                self.save("last.tar")
-                saved = time.monotonic()
+                raise SystemExit(128 + stopped)  # as a shell counts signals
+            if self.step % self.steps_per_epoch:
+                self.save_when_due()
             asked = time.monotonic()
-        elapsed = time.monotonic() - start
-        rate = self.settings["lr"] * self.rate(self.step - 1)
+        elapsed = max(time.monotonic() - start, 1e-9)
+        rate = self.settings["lr"] * learning_rate(self.step - 1, self.total)
         row = {"epoch": epoch + 1, "step": self.step, "lr": rate}
-        row |= self.means() | ({} if self.settings["final"] else self.validate())
+        row |= self.means.over_ranks(self.device) | self.validate()
         row |= {"images_per_second": seen / elapsed, "waiting": waiting / elapsed}
-        self.sums = {}
+        self.means = Means(*self.means.sums)
         self.finish_epoch(row)
-
-    def max_over_ranks(self, number: int) -> int:
-        """The max_over_ranks of the ranks' numbers: all stop, or fail, at the same step."""
-        if self.world == 1:
-            return number
-        shared = torch.tensor(number, device=self.device)
-        distributed.all_reduce(shared, distributed.ReduceOp.MAX)
-        return int(shared)
-
-    def means(self) -> dict:
-        """The epoch's mean of each measured value so far, over all ranks."""
-        sums = torch.tensor(list(self.sums.values()), dtype=torch.float64).reshape(-1, 2)
-        if self.world > 1:
-            sums = sums.to(self.device)
-            distributed.all_reduce(sums)
-        return {name: total / max(n, 1) for name, (total, n) in zip(self.sums, sums.tolist())}
+        self.save_when_due()
 
     def finish_epoch(self, row: dict) -> None:
-        """Best or not; log, checkpoints, history and pictures."""
+        """Best or not; log, best_model.tar, history and pictures."""
         self.history.append(row)
-        # a validation loss would bring a gan back to its start; --final has none: the last is best
-        last_is_best = self.settings["final"] or self.settings["loss"] == "gan"
-        is_best = last_is_best or row["val_loss"] < self.best
-        self.best = row.get("val_loss", self.best) if is_best else self.best
+        loss = row.get("val_loss", math.nan)  # NaN is under nothing, so never the best
+        is_best = row["epoch"] > 0 if self.last_is_best else loss < self.best
+        self.best = loss if is_best else self.best
         if self.rank:
             return
-        if row.get("d_loss", 1) < COLLAPSE:
-            say(f"the discriminator wins (loss {row['d_loss']:.3f}): it no longer teaches; "
-                "lower --lr_discriminator or raise --l1_weight")
-        out = Path(self.settings["out"])
-        log = {name: value for name, value in row.items() if name != "waiting"}
-        say("  ".join(f"{name} {value:.4g}" for name, value in log.items()) + "  best" * is_best)
+        log = "  ".join(f"{name} {x:.4g}" for name, x in row.items() if name != "waiting")
+        say(log + "  best" * is_best)
         if is_best:
             self.save("best_model.tar")
-        self.save("last.tar")
-        write_csv(out / "history.csv", self.history)
-        draw_curves(out / "curves.png", self.history)
-        if not self.settings["final"]:
-            self.preview(out / "preview.png")
+        out = Path(self.settings["out"])
+        try:
+            write_csv(out / "history.csv", self.history)
+            draw_curves(out / "curves.png", self.history)
+            if self.val_data:  # the same eight photographs every time, from all of them
+                numbers = sorted({i * len(self.val_data) // 8 for i in range(8)})
+                lab = decode_lab(self.val_data.__getitems__(numbers)[0])
+                with torch.no_grad():
+                    ab = self.ema.module.eval().predict(lab[:, :1].to(self.device))
+                draw_preview(out / "preview.png", lab, ab)
+        except ColorizeError as error:  # pictures are not worth a training
+            say(str(error))
+
+    def verdict(self) -> str:
+        """What best_model.tar holds, and whether training helped; or ColorizeError."""
+        path, first = Path(self.settings["out"], "best_model.tar"), self.history[0]
+        lost = not (self.last_is_best or math.isfinite(self.best))
+        if lost or path.name in self.failed or not path.exists():
+            reason = self.failed.get(path.name, "no epoch had a finite validation loss")
+            raise ColorizeError(f"{path} does not hold this training's best: {reason}")
+        now = self.history[-1]
+        if not self.last_is_best:
+            now = next((r for r in self.history if r.get("val_loss") == self.best), first)
+        scores = [f"{name} {now[name]:.4g} ({first[name]:.4g} at the start)"
+                  for name in ("val_loss", "colorfulness") if name in now and name in first]
+        hint = "" if now["epoch"] else (": training did not help; try a lower --lr, "
+                                        "--encoder_share 0 or more photographs")
+        return ", ".join([f"{path}: epoch {now['epoch']}", *scores]) + hint
 
 
-# ------------------------------------------------------------------------------- the command
+# ------------------------------------------------------------------------------ the command
 
-def read_resumable(path: Path, settings: dict, fingerprint: str) -> dict:
-    """last.tar's contents; ColorizeError if its settings or photographs are others than these."""
-    contents = read_tensors(path)
-    training = contents.get("training")
-    if not isinstance(contents.get("resume"), dict) or not isinstance(training, dict):
-        raise ColorizeError(f"--resume {path}: it holds no training to go on with; "
-                            "name a last.tar, or start from its weights with --init")
-    old = training["settings"]
-    for name, value in list(settings.items()):
-        if value is None or value == "auto" and name == "freeze_bn":  # left open
-            settings[name] = old.get(name)
-        elif name not in FREE_ON_RESUME and name in old and old[name] != value:
-            raise ColorizeError(f"--resume {path}: it was trained with --{name} {old[name]}, "
-                                f"not {value}; give the same, or start anew with --init {path}")
-    if training["fingerprint"] != fingerprint:
-        raise ColorizeError(f"--resume {path}: the photographs have changed since; "
-                            f"start anew with --init {path}")
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    if training.get("ranks", ranks) != ranks:
-        raise ColorizeError(f"--resume {path}: it was trained on {training['ranks']} ranks, not "
-                            f"{ranks}; use as many, or start anew with --init {path}")
-    if settings["epochs"] < old["epochs"]:
-        raise ColorizeError(f"--resume {path}: it was trained for --epochs {old['epochs']}, not "
-                            f"{settings['epochs']}; fewer would change its past")
-    if settings["epochs"] > old["epochs"]:
-        say(f"--epochs {settings['epochs']} instead of {old['epochs']}: the learning rate follows "
-            "the longer schedule from here on")
-    return contents
+def head_of(settings: dict, start: dict) -> str:
+    """Bins for their own loss; else the start's, so that regressions fit its bins' mean."""
+    model = {"head": "bins"} if settings["loss"] == "bins" else start.get("model", {})
+    return model.get("head", "ab")
 
 
-RANGES = {"epochs": (1, 1e6), "batch_size": (1, 1e6), "lr": (1e-9, 10), "size": (64, 256),
-          "limit": (1, 1e9), "encoder_lr": (0, 10), "decoder_lr": (0, 10), "weight_decay": (0, 10),
-          "rebalance": (0, 1), "temperature": (0.01, 10), "saturation": (0, 4),
-          "chroma_weight": (0, 1e3), "class_weight": (0, 1e3), "l1_weight": (0, 1e6),
-          "lr_discriminator": (1e-9, 10), "seed": (0, 2**31), "workers": (0, 999),
-          "save_minutes": (0, 1e6)}
+def settle(settings: dict) -> tuple[dict, dict]:
+    """Nothing left open: the settings, and the contents of the checkpoint to start from.
+
+    FlagError where flags contradict each other.
+    """
+    s = dict(settings)
+    start = starting_checkpoint(s["init"], s["encoder"])
+    start.pop("resume", None)  # of a last.tar, only the weights are wanted
+    model = {"head": head_of(s, start)} | {
+        name: s[name] for name in ("encoder", "decoder", "stages")}
+    trained = model.items() <= start.get("model", {}).items()
+    if s["lr"] is None:
+        s["lr"] = TRAINED_LR if trained else FRESH_LR
+    if s["decoder"] not in DECODERS or s["loss"] not in OBJECTIVES:
+        raise FlagError(f"--decoder is one of {', '.join(DECODERS)}, "
+                        f"--loss one of {', '.join(OBJECTIVES)}")
+    if s["loss"] != "bins" and s["rebalance"] != 1:
+        raise FlagError(f"--rebalance goes with --loss bins, not {s['loss']}")
+    if s["loss"] == "gan" and not trained:
+        raise FlagError("--loss gan needs a trained generator: name one with --init PATH, "
+                        "and the --encoder, --decoder and --stages that it has")
+    if s["init"] == "none" and s["encoder_share"] == 0:
+        raise FlagError("--encoder_share 0 would keep a random encoder, by --init none")
+    return s, start
 
 
-def check_settings(s: dict) -> None:
-    """FlagError for values and combinations that make no sense."""
-    for name, (low, high) in RANGES.items():
-        if s[name] is not None and not low <= s[name] <= high:
-            raise FlagError(f"--{name} {s[name]}: must be {low:g}..{high:g}")
-    of_bins = s["rebalance"], s["temperature"], s["saturation"]
-    if s["loss"] != "bins" and of_bins != (1, None, None):
-        raise FlagError("--rebalance, --temperature and --saturation go with --loss bins, "
-                        f"not {s['loss']}")
-    if s["loss"] == "bins" and s["chroma_weight"]:
-        raise FlagError("--chroma_weight goes with the regressions; with bins use --rebalance")
-    if s["loss"] == "gan" and s["init"] in ("none", "imagenet"):
-        raise FlagError("--loss gan starts from a trained generator: name one with --init PATH")
+def settle_resumed(path: Path, flags: dict) -> tuple[dict, dict]:
+    """The same of a last.tar, whose settings go on; flags that were given must agree."""
+    contents, defaults = read_checkpoint(path), plain(train.__kwdefaults__)
+    training = contents.get("training", {})
+    old, ranks = training.get("settings"), int(os.environ.get("WORLD_SIZE", 1))
+    wrong = ""
+    if "resume" not in contents:
+        wrong = "it holds no training to go on with, as a last.tar does"
+    elif not (isinstance(old, dict) and old.keys() == flags.keys()
+              and all(fits(old[name], train.__annotations__[name]) for name in old)):
+        wrong = "its settings are not of this program"
+    elif training.get("ranks") != ranks:
+        wrong = f"it was trained on {training.get('ranks')} ranks, not {ranks}; use as many"
+    if wrong:
+        raise ColorizeError(f"--resume {path}: {wrong}, or start anew with --init {path}")
+    # a flag that is at its default was not given, as far as one can tell
+    given = {name: value for name, value in flags.items() if value != defaults[name]}
+    for name, value in given.items():
+        fewer = name == "epochs" and value < old[name]  # these would change its past
+        if old[name] != value and (name not in FREE_ON_RESUME or fewer):
+            raise ColorizeError(f"--resume {path}: it was trained with --{name} "
+                                f"{old[name]}, not {value}; or start with --init {path}")
+    if given.get("epochs", 0) > old["epochs"]:
+        say(f"--epochs {given['epochs']} instead of {old['epochs']}: the learning rate "
+            "follows the longer schedule from here on")
+    return old | given | {"init": old["init"]}, contents
 
 
-def train(*, data: Path = Path("data/input"), out: Path = Path("checkpoints"), epochs: int = 20,
-          batch_size: int = 16, lr: float | None = None, size: int = 256,
-          loss: Literal["mse", "l1", "huber", "bins", "gan"] = "mse", encoder: str = "resnet18",
-          decoder: Literal["unet", "plain", "dense"] = "unet", stages: Literal[2, 3, 4] = 4,
-          init: str = "auto", resume: str | None = None, limit: int | None = None,
-          final: bool = False, freeze_encoder: bool = False,
-          freeze_bn: Literal["auto", "none", "encoder", "all"] = "auto",
-          encoder_lr: float = 0.1, decoder_lr: float = 0.2, weight_decay: float = 0.01,
-          crop: bool = True, film: bool = False, rebalance: float = 1.0,
-          temperature: float | None = None, saturation: float | None = None,
-          chroma_weight: float = 0.0, class_weight: float = 0.0, l1_weight: float = 100.0,
-          lr_discriminator: float = 1e-4, seed: int = 0,
+def fits(value, kind) -> bool:
+    """Whether a setting read from a file is of its flag's type, and no negative number."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    kind = str if kind is Path else kind
+    return isinstance(value, kind) and not (isinstance(value, (int, float)) and value < 0)
+
+
+def plain(flags: dict) -> dict:
+    """Flags as checkpoints keep them: paths as words."""
+    return {name: str(value) if isinstance(value, Path) else value
+            for name, value in flags.items() if name != "resume"}
+
+
+def as_command(settings: dict) -> str:
+    """The settings in force as a command that can be pasted."""
+    words = [f"--{name}" if value is True else f"--{name} {shlex.quote(str(value))}"
+             for name, value in settings.items() if not (value is None or value is False)]
+    return " ".join(["python main.py train", *words])
+
+
+def claim(out: Path, goes_on: bool):
+    """Take OUT for this training alone, while the file returned stays open."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / ".lock", "w")
+        if fcntl:  # the system lets go of it when this process ends, however it does
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ColorizeError(f"--out {out}: another training writes there now; wait for its "
+                            "end, or name another folder") from None
+    except OSError as error:
+        raise ColorizeError(f"--out {out}: cannot be written ({error.strerror}); "
+                            "name another folder") from None
+    for name in ("best_model.tar", "last.tar", "history.csv", "curves.png", "preview.png"):
+        for left in out.glob(f".{name}.*.part"):  # of a run that was killed
+            left.unlink(missing_ok=True)
+    there = [path for path in (out / "last.tar", out / "best_model.tar") if path.exists()]
+    if there and not goes_on:
+        epochs = "several"
+        with contextlib.suppress(ColorizeError):  # or damaged, but not ours to overwrite
+            epochs = read_checkpoint(there[0]).get("training", {}).get("epoch", epochs)
+        remedy = "--resume auto, or " * (out / "last.tar").exists() + "another --out"
+        raise ColorizeError(f"--out {out}: holds a training of {epochs} epochs: {remedy}")
+    return lock
+
+
+def join_ranks(device: torch.device) -> int:
+    """This process's number among those that torchrun started; 0 where there is one."""
+    if "RANK" not in os.environ:
+        return 0
+    try:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        # long: the first rank builds the arrays while the others wait
+        distributed.init_process_group(backend, timeout=timedelta(hours=6))
+    except (ValueError, RuntimeError):
+        raise ColorizeError("RANK is set but the ranks cannot find each other (WORLD_SIZE, "
+                            "MASTER_ADDR, MASTER_PORT); start them with torchrun, or unset "
+                            "RANK") from None
+    return distributed.get_rank()
+
+
+def train(*, data: Path = Path("data/input"), out: Path = Path("checkpoints"),
+          resume: str | None = None, limit: int | None = None, final: bool = False,
+          init: str = "auto", encoder: str = "resnet18",
+          decoder: Literal["unet", "plain"] = "unet", stages: Literal[2, 3, 4] = 4,
+          loss: Literal["mse", "l1", "huber", "bins", "gan"] = "mse",
+          rebalance: float = 1.0, class_weight: float = 0.0, epochs: int = 10,
+          batch_size: int = 16, size: int = 256, film: bool = False,
+          lr: float | None = None, encoder_share: float = 0.1,
+          weight_decay: float = 0.01, seed: int = 0,
           device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
           amp: Literal["auto", "bf16", "off"] = "auto", workers: int | None = None,
           save_minutes: float = 5.0) -> None:
     """Train a colorizer on a folder of photographs and save OUT/best_model.tar.
 
+    Photographs and results:
     data: holds train/ and val/ (or a tenth of train is set aside)
     out: gets best_model.tar, last.tar, history.csv and pictures
-    epochs: times that each photograph is seen
-    batch_size: photographs a step, on each device
-    lr: peak learning rate of fresh weights; 1e-3, or 2e-4 where there are none
-    size: side in pixels of the square crops that the network sees, 64..256
-    loss: objective; bins: classes of colour, gan: adversarial with l1
-    encoder: torchvision's: resnet18..152, vgg11..19(_bn), mobilenet_v2
-    decoder: unet: encoder's features joined, plain: none, dense: all stages
-    stages: the encoder ends at stride 8, 16 or 32
-    init: auto (shipped checkpoint, else imagenet), imagenet, none, file
-    resume: auto or a last.tar: go on exactly where it stopped
-    limit: use this many photographs
+    resume: auto or a last.tar: go on exactly where it stopped, with its settings
+    limit: use this many photographs (1..)
     final: train on train and val together, keep the last epoch
-    freeze_encoder: train the decoder alone
-    freeze_bn: whose batch norm keeps its statistics; auto: a trained encoder's
-    encoder_lr: rate of an encoder that was trained before, as a share of lr
-    decoder_lr: the same for the rest of the network
-    weight_decay: AdamW's
-    crop: train on random resized crops rather than whole squares
+    The network:
+    init: auto (shipped checkpoint, else imagenet), imagenet, none, or a file
+    encoder: torchvision's: resnet18..152, vgg11..19(_bn), mobilenet_v2
+    decoder: unet: the encoder's features joined, plain: none
+    stages: the encoder ends at stride 8, 16 or 32
+    What it learns:
+    loss: objective; bins: classes of colour, gan: adversarial beside l1
+    rebalance: bins: 1 none, towards 0 rare colours count more (0..1)
+    class_weight: of telling the class (by folder) as well; 0.0033 is usual (0..1000)
+    How long and how fast:
+    epochs: times that each photograph is seen (1..1000000)
+    batch_size: photographs a step, on each device (1..1000000)
+    size: side in pixels of the square crops that the network sees (64..256)
     film: make the input as films of other colour sensitivity saw it, with grain
-    rebalance: bins: 1 none, towards 0 rare colours count more
-    temperature: bins: of the mean that makes the colour; else init's, or 1
-    saturation: bins: factor on that mean, likewise
-    chroma_weight: k: a pixel counts 1 + k chroma/110 times (mse, l1, huber, gan)
-    class_weight: of telling the class (by folder) as well; 0.0033 is usual
-    l1_weight: gan: weight of l1 beside the adversarial loss
-    lr_discriminator: gan: its peak learning rate
-    seed: of order, augmentation, initialization and noise
+    lr: peak learning rate; 1e-3, or 4e-5 where all was trained before (1e-9..10)
+    encoder_share: of lr, for an encoder that was trained before; 0 freezes it (0..10)
+    weight_decay: AdamW's (0..10)
+    The machine:
+    seed: of order, augmentation, initialization and noise (0..2147483647)
     device: where to compute
     amp: bf16 arithmetic; auto: where the hardware has it
-    workers: processes that make batches; 0 on a CPU, up to 8 beside a GPU
-    save_minutes: write last.tar this often within an epoch; 0: after each step
+    workers: processes that make batches; 0 on a CPU, up to 8 beside a GPU (0..999)
+    save_minutes: write last.tar this often; 0: after each step (0..1000000)
     """
-    settings = {name: str(value) if isinstance(value, Path) else value  # plain, for checkpoints
-                for name, value in locals().items()}
-    check_settings(settings)
-    device = choose_device(device)
-    out = Path(out)
+    flags = plain(locals())
+    device, out = choose_device(device), Path(out)
     last = out / "last.tar" if resume == "auto" else resume and Path(resume)
     if resume == "auto" and not last.exists():
         say(f"nothing to resume in {out}: starting anew")
         last = None
-    if workers is None:
-        settings["workers"] = min(8, (os.cpu_count() or 2) - 1) if device.type == "cuda" else 0
-    if "RANK" in os.environ:  # under torchrun
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                       timeout=timedelta(hours=6))
-    rank = int(os.environ.get("RANK", 0))
     try:
+        rank = join_ranks(device)
+        lock = None if rank else claim(out, bool(last))
+        settings, start = settle_resumed(last, flags) if last else settle(flags)
+        manifests = None if rank else prepare(Path(settings["data"]))
+        if distributed.is_initialized():
+            distributed.barrier()  # the other ranks find the arrays made
+        manifests = manifests or prepare(Path(settings["data"]))
+        fingerprint = manifests["train"]["fingerprint"]
+        if last and start["training"].get("fingerprint") != fingerprint:
+            raise ColorizeError(f"--resume {last}: the photographs have changed since; "
+                                f"start anew with --init {last}")
+        try:
+            training = Training(settings, start, manifests, device)
+        except (AttributeError, ArithmeticError, LookupError, TypeError, ValueError,
+                RuntimeError):  # what a malformed file can raise; a good one none of them
+            if not last:
+                raise
+            raise ColorizeError(f"--resume {last}: what it holds is damaged; "
+                                f"start anew with --init {last}") from None
         if rank == 0:
-            prepare(data)
-        if "RANK" in os.environ:
-            distributed.barrier()
-        manifests = prepare(data)
-        resumed = None
-        if last:
-            resumed = read_resumable(last, settings, manifests["train"]["fingerprint"])
-        training = Training(settings, device, use_bf16(amp, device), manifests, resumed)
-        if rank == 0:
-            say("settings: " + " ".join(f"--{name} {value}" for name, value in settings.items()))
+            head = {"bins": "a bins head", "ab": "an ab head"}[head_of(settings, start)]
+            say(f"training {settings['loss']} on {head} of {settings['encoder']}, starting "
+                f"from {training.start}" + f"; resumed {last} at step {training.step} of "
+                f"{training.total}" * bool(last))
+            say(f"settings: {as_command(settings)}")
             say(f"{len(training.train_data)} photographs, {training.world} x {device}, "
-                f"{'bf16' if training.amp else 'float32'}, starting from {training.start}"
-                + f"; resumed {last} at step {training.step} of {training.total}" * bool(last))
+                f"{'bf16' if training.amp else 'float32'}")
         training.run()
+        if rank == 0:
+            print(training.verdict())
+            lock.close()
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()
-    if rank == 0:
-        last_is_best = final or loss == "gan"
-        what = "the last epoch" if last_is_best else f"best validation loss {training.best:.4g}"
-        print(f"{out / 'best_model.tar'}: {what}")
+
+
+if __name__ == "__main__":
+    raise SystemExit("type: python main.py train")

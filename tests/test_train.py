@@ -4,11 +4,13 @@ import errno
 import math
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -16,11 +18,14 @@ import torch
 from PIL import Image
 from conftest import ROOT
 
-from basic_model import bins_prior, color_bins, load_checkpoint, read_tensors
+import main
+import train as module
+from basic_model import (DECODERS, ColorNet, bins_prior, color_bins, load_checkpoint,
+                         read_checkpoint, save_checkpoint)
 from colorize_data import ColorizeData, count_colors, prepare
 from photo import ColorizeError, FlagError
-from train import (BinsLoss, Training, ema_update, learning_rate, regression_loss,
-                   scene_loss, train)
+from train import (OBJECTIVES, Means, Training, as_command, ema_update, learning_rate, plain,
+                   scene_loss, settle, train)
 
 TINY = {"size": 64, "stages": 2, "init": "none", "epochs": 2, "batch_size": 3, "device": "cpu"}
 
@@ -28,7 +33,7 @@ TINY = {"size": 64, "stages": 2, "init": "none", "epochs": 2, "batch_size": 3, "
 def run(photos, out, **flags):
     """A small training; returns last.tar's contents."""
     train(data=photos, out=out, **TINY | flags)
-    return read_tensors(out / "last.tar")
+    return read_checkpoint(out / "last.tar")
 
 
 def same_weights(one: dict, other: dict) -> bool:
@@ -40,13 +45,22 @@ def same_weights(one: dict, other: dict) -> bool:
 
 def test_regressions_are_the_textbook_ones_on_ab_over_110():
     ab, true = (np.random.default_rng(seed).uniform(-60, 60, (2, 2, 3, 4)) for seed in (0, 1))
-    error, chroma = np.abs(ab - true) / 110, np.hypot(true[:, :1], true[:, 1:])
+    error = np.abs(ab - true) / 110
     huber = np.where(error < 0.1, error ** 2 / 2, 0.1 * (error - 0.05))
-    for name, expected in (("mse", error ** 2), ("l1", error), ("huber", huber)):
-        for k in (0.0, 2.0):
-            weighted = (expected * (1 + k * chroma / 110)).mean()
-            loss = regression_loss(name, torch.tensor(ab), torch.tensor(true), k)
-            assert loss.item() == pytest.approx(weighted, rel=1e-5)
+    model = ColorNet(stages=2)  # its head is ab: the output is the colour
+    for name, expected in (("mse", error ** 2), ("l1", error), ("huber", huber), ("gan", error)):
+        loss = OBJECTIVES[name](model, 1.0)(model, torch.tensor(ab), torch.tensor(true))
+        assert loss.item() == pytest.approx(expected.mean(), rel=1e-5)
+
+
+def test_a_regression_on_bins_is_of_their_mean_colour_and_its_unit_is_ab_squared(checkpoints):
+    model, _ = load_checkpoint(checkpoints["bins"])
+    logits = torch.full((1, len(model.bins), 2, 2), -50.0)
+    logits[:, 7] = 50.0  # all is the colour of one bin
+    true = torch.zeros(1, 2, 8, 8)
+    objective = OBJECTIVES["mse"](model, 1.0)
+    squared = (model.bins[7] * model.saturation).square().mean().item()
+    assert objective(model, logits, true).item() * objective.unit == pytest.approx(squared)
 
 
 def test_bins_loss_is_the_cross_entropy_against_the_soft_encoding():
@@ -63,7 +77,9 @@ def test_bins_loss_is_the_cross_entropy_against_the_soft_encoding():
     rarity /= (prior.numpy() * rarity).sum()
     expected = -(soft * log_probability[nearest]).sum() * rarity[nearest[0]]
     ab = torch.tensor([a, b]).view(1, 2, 1, 1).expand(1, 2, 4, 4)
-    assert BinsLoss(bins, prior, 0.5)(logits, ab).item() == pytest.approx(expected, rel=1e-4)
+    model = ColorNet(stages=2, head="bins", colors={"bins": bins, "prior": prior})
+    loss = OBJECTIVES["bins"](model, 0.5)(model, logits, ab)
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_photographs_without_a_class_do_not_count_for_the_classes():
@@ -89,9 +105,16 @@ def test_color_statistics_are_counts(photos):
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():
-    rates = [learning_rate(step, 100, 2.0, 10) for step in range(101)]
-    assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == pytest.approx(2.0)
-    assert rates[55] == pytest.approx(1.0) and rates[100] == pytest.approx(0, abs=1e-12)
+    rates = [learning_rate(step, 200) for step in range(201)]  # a twentieth is warm-up
+    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == pytest.approx(1.0)
+    assert rates[105] == pytest.approx(0.5) and rates[200] == pytest.approx(0, abs=1e-12)
+
+
+def test_means_weigh_by_photographs_and_leave_out_what_was_not_counted():
+    means = Means("loss", "accuracy")
+    means.add(3, loss=3 * 2.0)
+    means.add(1, loss=torch.tensor(6.0))
+    assert means.over_ranks(torch.device("cpu")) == {"loss": 3.0}
 
 
 def test_ema_follows_fast_at_first_and_buffers_are_copied():
@@ -113,35 +136,42 @@ def test_ema_follows_fast_at_first_and_buffers_are_copied():
 
 # ----------------------------------------------------------------------------------- the loop
 
+@pytest.fixture
+def whole_squares(monkeypatch):
+    """No crops: the same pixels every time, which few steps can learn by heart."""
+    def resized(self, lab, random):
+        return torch.nn.functional.interpolate(lab[None].float(), (self.size, self.size))[0].byte()
+    monkeypatch.setattr(ColorizeData, "augment", resized)
+
+
 @pytest.mark.parametrize("loss", ["mse", "l1", "huber", "bins", "gan"])
-def test_each_objective_lowers_its_own_loss_and_its_checkpoint_colours(loss, photos, tmp_path,
-                                                                       checkpoints):
-    history = run(photos, tmp_path, loss=loss, epochs=6, limit=4, batch_size=4, lr=3e-3, crop=False,
+def test_each_objective_lowers_its_own_loss_and_its_checkpoint_colours(
+        loss, photos, tmp_path, checkpoints, whole_squares):
+    history = run(photos, tmp_path, loss=loss, epochs=6, limit=4, batch_size=4, lr=3e-3,
                   init=str(checkpoints["ab"]), class_weight=0.1)["resume"]["history"]
-    assert history[-1]["loss"] < history[0]["loss"]
+    assert history[-1]["loss"] < history[1]["loss"]  # 0 is the start, before any step
     assert "accuracy" in history[-1] and ("d_real" in history[-1]) == (loss == "gan")
     model, _ = load_checkpoint(tmp_path / "best_model.tar")
     with torch.no_grad():
         assert model.predict(torch.full((1, 1, 40, 40), 50.0)).isfinite().all()
 
 
-def test_four_photographs_are_learnt_by_heart(photos, tmp_path):
-    history = run(photos, tmp_path, epochs=40, limit=4, batch_size=4, crop=False,
-                  lr=5e-3)["resume"]["history"]
-    assert history[0]["loss"] > 300 and history[-1]["loss"] < 100  # mean squared error in ab units
+def test_four_photographs_are_learnt_by_heart(photos, tmp_path, whole_squares):
+    history = run(photos, tmp_path, epochs=40, limit=4, batch_size=4, lr=5e-3)["resume"]["history"]
+    assert history[1]["loss"] > 300 and history[-1]["loss"] < 100  # mean squared error in ab units
 
 
 def test_a_run_writes_what_it_promises_and_best_is_a_copy(photos, tmp_path, capsys):
     contents = run(photos, tmp_path, epochs=3)
     assert {path.name for path in tmp_path.iterdir()} == {
-        "best_model.tar", "last.tar", "history.csv", "curves.png", "preview.png"}
+        "best_model.tar", "last.tar", "history.csv", "curves.png", "preview.png", ".lock"}
     history = contents["resume"]["history"]
-    assert (tmp_path / "history.csv").read_text().count("\n") == 4
+    assert (tmp_path / "history.csv").read_text().count("\n") == 5  # a heading, the start
     assert contents["resume"]["best"] == min(row["val_loss"] for row in history)
-    best = read_tensors(tmp_path / "best_model.tar")["training"]
+    best = read_checkpoint(tmp_path / "best_model.tar")["training"]
     assert best["scores"]["val_loss"] == contents["resume"]["best"]
     assert {"epoch", "step", "lr", "loss", "val_loss", "mse", "distance", "psnr",
-            "colorfulness"} <= set(history[0])
+            "colorfulness"} <= set(history[1])
     # both in ab units squared
     assert history[0]["val_loss"] == pytest.approx(history[0]["mse"], rel=0.02)
     assert Image.open(tmp_path / "preview.png").size == (6 * 164 + 4, 2 * 180 + 4)
@@ -150,9 +180,9 @@ def test_a_run_writes_what_it_promises_and_best_is_a_copy(photos, tmp_path, caps
 
 
 def test_best_is_not_the_last_when_it_gets_worse(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(Training, "validate", lambda self: {"val_loss": self.step})
+    monkeypatch.setattr(Training, "validate", lambda self: {"val_loss": abs(self.step - 3)})
     run(photos, tmp_path)
-    best, last = (read_tensors(tmp_path / name) for name in ("best_model.tar", "last.tar"))
+    best, last = (read_checkpoint(tmp_path / name) for name in ("best_model.tar", "last.tar"))
     assert best["training"]["step"] == 3 and last["training"]["step"] == 6
     assert not torch.equal(best["weights"]["head.weight"], last["weights"]["head.weight"])
 
@@ -160,15 +190,25 @@ def test_best_is_not_the_last_when_it_gets_worse(photos, tmp_path, monkeypatch):
 def test_final_trains_on_all_and_keeps_the_last(photos, tmp_path):
     contents = run(photos, tmp_path, final=True)
     assert contents["training"]["photographs"] == 12
-    best = read_tensors(tmp_path / "best_model.tar")
+    best = read_checkpoint(tmp_path / "best_model.tar")
     assert best["training"]["step"] == contents["training"]["step"]
 
 
 def made_training(photos, tmp_path, **flags):
-    settings = train.__kwdefaults__ | TINY | {"data": photos, "out": tmp_path, "workers": 0} | flags
-    training = Training(settings, torch.device("cpu"), False, prepare(photos))
+    """A training before its first step."""
+    flags = TINY | {"data": photos, "out": tmp_path, "amp": "off"} | flags
+    settings, start = settle(plain(train.__kwdefaults__ | flags))
+    training = Training(settings, start, prepare(photos), torch.device("cpu"))
     training.train_mode()
     return training
+
+
+def first_step(training, batch=3):
+    """Takes it; returns the weights that it found."""
+    before = {name: w.clone() for name, w in training.model.state_dict().items()}
+    for lab, labels in training.batches(training.train_data, 0, batch):
+        training.train_step(lab, labels)
+    return before
 
 
 def test_adversarial_steps_leave_the_other_network_alone(photos, tmp_path, checkpoints):
@@ -185,70 +225,229 @@ def test_adversarial_steps_leave_the_other_network_alone(photos, tmp_path, check
     assert any(p.grad.any() for p in training.model.parameters())
 
 
-@pytest.mark.parametrize("flags, frozen, still", [
-    ({"freeze_encoder": True}, "encoder.", "encoder."), ({"freeze_bn": "all"}, "nothing", ""),
-    ({"freeze_bn": "encoder"}, "nothing", "encoder."), ({}, "nothing", "nothing")])
-def test_what_is_frozen_stays(flags, frozen, still, photos, tmp_path):
-    training = made_training(photos, tmp_path, **flags)
-    before = {k: v.clone() for k, v in training.model.state_dict().items()}
-    for lab, labels in training.batches(training.train_data, 0, 6):
-        training.train_step(lab, labels)
+@pytest.mark.parametrize("trained, share, kept, still", [
+    (False, 0.1, False, False), (True, 0.1, False, True), (True, 0.0, True, True)])
+def test_a_trained_encoder_keeps_its_batch_norm_and_at_share_0_its_weights(
+        trained, share, kept, still, photos, tmp_path, checkpoints):
+    init = str(checkpoints["ab"]) if trained else "none"
+    training = made_training(photos, tmp_path, init=init, encoder_share=share, lr=1e-2)
+    before = first_step(training)
     after = training.model.state_dict()
-    for name, value in before.items():
-        if "running" in name:
-            assert torch.equal(value, after[name]) == name.startswith(still), name
-        elif name.startswith(frozen):
-            assert torch.equal(value, after[name]), name
-    assert not torch.equal(before["blocks.0.0.weight"], after["blocks.0.0.weight"])
+    same = {name: torch.equal(value, after[name]) for name, value in before.items()}
+    assert not same["head.weight"] and not same["bottleneck.1.running_mean"]
+    assert same["encoder.bn1.running_mean"] == still
+    assert same["encoder.conv1.weight"] == kept
 
 
-def test_fresh_weights_learn_fast_and_trained_ones_slowly(photos, tmp_path, checkpoints):
+def test_the_rate_of_each_weight_follows_the_schedule_and_a_trained_encoders_share(
+        photos, tmp_path, checkpoints):
     training = made_training(photos, tmp_path, init=str(checkpoints["ab"]), loss="bins",
-                             encoder_lr=0.1, decoder_lr=0.2)
-    scales = {id(p): g["scale"] for g in training.optimizer.param_groups for p in g["params"]}
-    found = {name: scales[id(p)] for name, p in training.model.named_parameters()}
-    expected = {"encoder.conv1.weight": 0.1, "blocks.0.0.weight": 0.2, "head.weight": 1.0}
-    assert {name: found[name] for name in expected} == expected
+                             encoder_share=0.25, lr=0.008, epochs=20)
+    first_step(training)
+    rates = {id(p): g["lr"] for g in training.optimizer.param_groups for p in g["params"]}
+    found = {name: rates[id(p)] for name, p in training.model.named_parameters()}
+    # 60 steps, 3 of them warm-up: the first at a third of the peak
+    assert found["encoder.conv1.weight"] == pytest.approx(0.008 / 3 / 4)
+    assert found["head.weight"] == found["context.weight"] == pytest.approx(0.008 / 3)
 
 
-def test_a_regression_from_a_bins_checkpoint_fits_its_mean_and_keeps_its_colours(photos, tmp_path,
-                                                                                 checkpoints):
+def test_weight_decay_shrinks_the_weights_by_its_share_of_the_rate(photos, tmp_path):
+    one, other = (made_training(photos, tmp_path, weight_decay=w) for w in (0.0, 0.5))
+    before = first_step(one)["bottleneck.0.weight"]
+    first_step(other)
+    rate = one.optimizer.param_groups[0]["lr"]
+    difference = one.model.bottleneck[0].weight - other.model.bottleneck[0].weight
+    assert torch.allclose(difference, rate * 0.5 * before, atol=1e-7) and rate > 0
+
+
+def test_long_gradients_are_clipped(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MAX_NORM", 1e-3)
+    training = made_training(photos, tmp_path)
+    first_step(training)
+    squares = sum(p.grad.square().sum() for p in training.model.parameters())
+    assert squares.sqrt().item() == pytest.approx(1e-3, rel=0.01)
+
+
+def test_the_classes_pull_by_their_weight(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MAX_NORM", 1e9)  # or clipping would hide it
+    light, heavy = (made_training(photos, tmp_path, class_weight=w) for w in (0.1, 1.0))
+    for training in (light, heavy):
+        first_step(training)
+    light, heavy = (training.model.scenes.weight.grad for training in (light, heavy))
+    assert light.abs().max() > 0 and torch.allclose(10 * light, heavy, rtol=1e-3)
+    assert made_training(photos, tmp_path).model.scenes is None
+
+
+def test_rebalancing_weighs_bins_by_their_rarity(photos, tmp_path):
+    even, rare = (made_training(photos, tmp_path, loss="bins", rebalance=r) for r in (1.0, 0.5))
+    prior = even.model.prior
+    assert torch.allclose(even.objective.rarity, torch.ones_like(prior), atol=1e-4)
+    expected = 1 / (0.5 * prior + 0.5 / len(prior))
+    assert torch.allclose(rare.objective.rarity, expected / (prior * expected).sum())
+
+
+def test_film_changes_the_lightness_of_some_and_the_colour_of_none(photos, tmp_path):
+    plain_, film = (next(iter(training.batches(training.train_data, 0, 8)))[0]
+                    for training in (made_training(photos, tmp_path, film=f, batch_size=8)
+                                     for f in (False, True)))
+    assert torch.equal(plain_[:, 1:], film[:, 1:])
+    changed = (plain_[:, 0] != film[:, 0]).flatten(1).any(dim=1)
+    assert changed.any() and not changed.all()
+
+
+@pytest.mark.parametrize("amp, kind", [("bf16", torch.bfloat16), ("off", torch.float32)])
+def test_amp_is_the_arithmetic_of_the_network(amp, kind, photos, tmp_path):
+    training, seen = made_training(photos, tmp_path, amp=amp), []
+    training.model.bottleneck.register_forward_hook(lambda *args: seen.append(args[2].dtype))
+    first_step(training)
+    assert seen == [kind]
+
+
+def test_the_averaged_weights_are_those_that_are_shipped(photos, tmp_path):
+    resume = run(photos, tmp_path, final=True)["resume"]
+    shipped = read_checkpoint(tmp_path / "best_model.tar")["weights"]["head.weight"]
+    assert torch.equal(shipped, resume["average"]["module.head.weight"].half())
+    assert not torch.equal(shipped, resume["weights"]["head.weight"].half())
+
+
+@pytest.mark.parametrize("minutes, times", [(0.0, 8), (60.0, 2)])
+def test_last_tar_is_written_every_so_many_minutes_and_at_both_ends(
+        minutes, times, photos, tmp_path, monkeypatch):
+    names = []
+
+    def counted(path, *args, **extra):
+        names.append(path.name)
+        save_checkpoint(path, *args, **extra)
+    monkeypatch.setattr(module, "save_checkpoint", counted)
+    run(photos, tmp_path, save_minutes=minutes)  # two epochs of three steps
+    assert names.count("last.tar") == times
+
+
+def test_noise_on_the_discriminators_input_fades_over_the_first_half(
+        photos, tmp_path, checkpoints, monkeypatch):
+    seen, forward = [], module.Discriminator.forward
+
+    def watched(self, L, ab, noise=None):
+        if noise is not None:  # not where it judges for the network
+            seen.append(noise.std().item())
+        return forward(self, L, ab, 0.0 if noise is None else noise)
+    monkeypatch.setattr(module.Discriminator, "forward", watched)
+    run(photos, tmp_path, loss="gan", init=str(checkpoints["ab"]), batch_size=4)  # 4 steps
+    assert seen == pytest.approx([0.2, 0.1, 0, 0], abs=0.005)
+
+
+def test_a_regression_from_a_bins_checkpoint_fits_its_mean_and_keeps_its_colours(
+        photos, tmp_path, checkpoints, capsys):
     contents = run(photos, tmp_path, init=str(checkpoints["bins"]), epochs=1)
-    assert contents["model"]["head"] == "bins" and contents["training"]["settings"]["lr"] == 2e-4
-    # the last of three steps, one of them warm-up: half of the peak, whatever the groups' shares
-    assert contents["resume"]["history"][0]["lr"] == pytest.approx(1e-4)
-    before = read_tensors(checkpoints["bins"])
+    assert contents["model"]["head"] == "bins"
+    assert contents["training"]["settings"]["lr"] == module.TRAINED_LR
+    # the last of three steps, one of them warm-up: half of the peak, whatever the shares
+    assert contents["resume"]["history"][1]["lr"] == pytest.approx(module.TRAINED_LR / 2)
+    before = read_checkpoint(checkpoints["bins"])
     assert contents["colors"]["temperature"] == before["colors"]["temperature"]
     assert not torch.equal(contents["weights"]["head.weight"], before["weights"]["head.weight"])
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first.startswith("training mse on") and "bins head" in first
+    assert f"starting from {checkpoints['bins']}" in first
+
+
+def test_from_an_encoders_weights_mse_trains_an_ab_head(photos, tmp_path, checkpoints, capsys):
+    encoder = {name.removeprefix("encoder."): w for name, w in load_checkpoint(
+        checkpoints["ab"])[0].state_dict().items() if name.startswith("encoder.")}
+    torch.save(encoder, tmp_path / "encoder.pth")
+    contents = run(photos, tmp_path / "out", init=str(tmp_path / "encoder.pth"), epochs=1)
+    assert contents["model"]["head"] == "ab"
+    assert contents["training"]["settings"]["lr"] == module.FRESH_LR
+    assert "training mse on an ab head of resnet18" in capsys.readouterr().err
+
+
+def test_the_settings_line_is_a_command_that_does_the_same(photos, tmp_path, monkeypatch, capsys):
+    contents = run(photos, tmp_path / "a folder", epochs=1, film=True, limit=6)
+    line = next(line for line in capsys.readouterr().err.splitlines() if "settings: " in line)
+    words = shlex.split(line.removeprefix("settings: python main.py "))
+    given = {}
+    monkeypatch.setattr(module, "train", lambda **flags: given.update(flags))
+    main.run("train", main.parse(words[1:], main.read_command("train")[1]))
+    assert words[0] == "train" and given["film"] is True and "final" not in given
+    assert plain(train.__kwdefaults__ | given) == contents["training"]["settings"]
+
+
+def test_the_names_of_losses_and_decoders_are_the_same_wherever_they_stand():
+    kinds = train.__annotations__
+    assert get_args(kinds["loss"]) == tuple(OBJECTIVES)
+    assert get_args(kinds["decoder"]) == tuple(DECODERS)
+
+
+# ------------------------------------------------------------------- does training help at all
+
+def test_the_start_competes_and_it_is_said_that_training_did_not_help(
+        photos, tmp_path, checkpoints, monkeypatch, capsys):
+    monkeypatch.setattr(Training, "validate",
+                        lambda self: {"val_loss": 5.0 + self.step, "colorfulness": 1.0})
+    contents = run(photos, tmp_path, init=str(checkpoints["ab"]))
+    best, start = (read_checkpoint(path) for path in (tmp_path / "best_model.tar",
+                                                      checkpoints["ab"]))
+    assert contents["resume"]["history"][0]["epoch"] == 0 and best["training"]["epoch"] == 0
+    assert torch.equal(best["weights"]["head.weight"], start["weights"]["head.weight"])
+    assert "epoch 0, val_loss 5 (5 at the start)" in (out := capsys.readouterr().out)
+    assert "training did not help" in out
+
+
+def test_it_is_said_how_much_training_helped(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Training, "validate",
+                        lambda self: {"val_loss": 50.0 - self.step, "colorfulness": 1.0})
+    run(photos, tmp_path)
+    out = capsys.readouterr().out
+    assert "epoch 2, val_loss 44 (50 at the start)" in out and "did not help" not in out
+
+
+def test_values_that_are_not_finite_are_never_announced(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Training, "validate", lambda self: {"val_loss": math.nan})
+    with pytest.raises(ColorizeError, match="best_model.tar.*no epoch had a finite"):
+        run(photos, tmp_path)
+    assert capsys.readouterr().out == "" and not (tmp_path / "best_model.tar").exists()
+
+
+def test_a_best_that_could_not_be_written_fails_the_command(photos, tmp_path, monkeypatch, capsys):
+    def refuse(path, *args, **extra):
+        if path.name == "best_model.tar" and extra["training"]["epoch"] > 0:
+            raise ColorizeError(f"{path}: cannot be written (the disk is full)")
+        save_checkpoint(path, *args, **extra)
+    monkeypatch.setattr(module, "save_checkpoint", refuse)
+    with pytest.raises(ColorizeError, match="best_model.tar does not hold.*the disk is full"):
+        run(photos, tmp_path, final=True)
+    assert capsys.readouterr().out == ""
 
 
 # -------------------------------------------------------------------------------------- trust
 
-def stop_at(step, monkeypatch):
-    """SIGTERM comes to this process while the given step runs."""
+def stop_at(step, monkeypatch, number=signal.SIGTERM):
+    """A signal comes to this process while the given step runs."""
     learn = Training.train_step
 
     def interrupted(self, lab, labels):
         learn(self, lab, labels)
         if self.step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
     monkeypatch.setattr(Training, "train_step", interrupted)
 
 
-@pytest.mark.parametrize("step", [1, 3, 5])
-def test_a_resumed_run_equals_the_whole_one_bit_for_bit(step, photos, tmp_path, monkeypatch):
+@pytest.mark.parametrize("step, number", [(1, signal.SIGTERM), (3, signal.SIGUSR1),
+                                          (5, signal.SIGHUP)])
+def test_a_resumed_run_equals_the_whole_one_bit_for_bit(step, number, photos, tmp_path,
+                                                        monkeypatch):
     flags = {"loss": "bins", "film": True}
     whole = run(photos, tmp_path / "whole", **flags)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        stop_at(step, patch)
+        stop_at(step, patch, number)
         run(photos, tmp_path / "cut", **flags)
-    assert stopped.value.code == 143
-    assert read_tensors(tmp_path / "cut" / "last.tar")["resume"]["step"] == step
+    assert stopped.value.code == 128 + number
+    assert read_checkpoint(tmp_path / "cut" / "last.tar")["resume"]["step"] == step
     resumed = run(photos, tmp_path / "cut", resume="auto", **flags)
     assert same_weights(whole, resumed)
-    keys = ("epoch", "step", "lr", "loss", "val_loss", "psnr")
+    keys = ("epoch", "step", "lr", "loss", "val_loss", "psnr")  # the start has no loss yet
     for one, other in zip(whole["resume"]["history"], resumed["resume"]["history"], strict=True):
-        assert [one[k] for k in keys] == [other[k] for k in keys]
+        assert [one.get(k) for k in keys] == [other.get(k) for k in keys]
 
 
 def test_a_gan_resumes_with_its_discriminator(photos, tmp_path, monkeypatch, checkpoints):
@@ -271,7 +470,8 @@ def test_the_seed_is_the_run(photos, tmp_path):
 
 @pytest.mark.parametrize("change, said", [
     ({"batch_size": 4}, "--batch_size 3, not 4"), ({"loss": "l1"}, "--loss mse, not l1"),
-    ({"epochs": 1}, "--epochs 2"), ({"data": "other"}, "photographs have changed")])
+    ({"epochs": 1}, "--epochs 2"), ({"weight_decay": 0.5}, "--weight_decay"),
+    ({"data": "other"}, "photographs have changed")])
 def test_resuming_names_the_setting_that_differs(change, said, photos, tmp_path):
     run(photos, tmp_path / "out")
     if "data" in change:
@@ -280,6 +480,109 @@ def test_resuming_names_the_setting_that_differs(change, said, photos, tmp_path)
         change = {"data": tmp_path / "other"}
     with pytest.raises(ColorizeError, match=said):
         train(**{"data": photos, "out": tmp_path / "out"} | TINY | {"resume": "auto"} | change)
+
+
+def test_resume_alone_goes_on_with_the_settings_in_the_checkpoint(photos, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_at(2, patch)
+        run(photos, tmp_path, loss="l1", film=True, epochs=3)
+    train(out=tmp_path, resume="auto")
+    contents = read_checkpoint(tmp_path / "last.tar")
+    assert contents["training"]["settings"]["loss"] == "l1" and contents["resume"]["step"] == 9
+
+
+def test_a_second_training_into_a_folder_that_holds_one_is_refused(photos, tmp_path):
+    run(photos, tmp_path, epochs=1)
+    before = (tmp_path / "best_model.tar").read_bytes()
+    with pytest.raises(ColorizeError, match="a training of 1 epochs: --resume auto, or another"):
+        run(photos, tmp_path, epochs=1, seed=1)
+    assert (tmp_path / "best_model.tar").read_bytes() == before
+    (tmp_path / "last.tar").unlink()
+    with pytest.raises(ColorizeError, match="holds a training of .*: another --out"):
+        run(photos, tmp_path, epochs=1, seed=1)
+
+
+def test_two_trainings_at_once_cannot_write_into_one_folder(photos, tmp_path):
+    code = ("import sys, time; sys.path.insert(0, sys.argv[1]); from pathlib import Path\n"
+            "from train import claim; lock = claim(Path(sys.argv[2]), False)\n"
+            "print('mine', flush=True); time.sleep(60)")
+    with subprocess.Popen([sys.executable, "-c", code, ROOT, tmp_path], text=True,
+                          stdout=subprocess.PIPE, env=ONE_THREAD) as other:
+        assert other.stdout.readline() == "mine\n"
+        with pytest.raises(ColorizeError, match="another training writes there now"):
+            module.claim(tmp_path, False)
+        other.kill()
+    module.claim(tmp_path, False).close()  # no lock outlives a kill
+
+
+def test_what_a_killed_run_left_half_written_is_cleared(tmp_path):
+    for name in (".last.tar.123.part", ".photo.png.123.part"):
+        (tmp_path / name).touch()
+    module.claim(tmp_path, False).close()
+    assert {path.name for path in tmp_path.iterdir()} == {".photo.png.123.part", ".lock"}
+
+
+def test_an_out_that_cannot_be_written_is_found_before_the_first_step(photos, tmp_path,
+                                                                      monkeypatch):
+    monkeypatch.setattr(Training, "train_step", None)
+    (tmp_path / "file").touch()
+    with pytest.raises(ColorizeError, match="--out .*cannot be written"):
+        run(photos, tmp_path / "file")
+
+    def full(path, *args, **extra):
+        raise ColorizeError(f"{path}: cannot be written (the disk is full)")
+    monkeypatch.setattr(module, "save_checkpoint", full)
+    with pytest.raises(ColorizeError, match="the disk is full"):
+        run(photos, tmp_path / "out")
+
+
+def test_pictures_that_cannot_be_written_do_not_end_a_training(photos, tmp_path, capsys):
+    (tmp_path / "curves.png").mkdir()
+    assert run(photos, tmp_path)["resume"]["step"] == 6
+    assert "curves.png: cannot be written" in capsys.readouterr().err
+
+
+def spoil(contents: dict, where: str, value) -> None:
+    """contents with one place changed; without a value it is taken out."""
+    *path, last = where.split("/")
+    for key in path:
+        contents = contents[int(key) if key.isdigit() and key not in contents else key]
+    last = int(last) if last.isdigit() else last
+    contents.pop(last) if value is None else contents.__setitem__(last, value)
+
+
+@pytest.mark.parametrize("where, value", [
+    ("training/settings", None), ("training/settings", [1]), ("training/settings/loss", "mse2"),
+    ("training/settings/batch_size", "3"), ("training/settings/batch_size", 0),
+    ("training/settings/seed", -1), ("training/settings/film", None), ("training/ranks", None),
+    ("training/fingerprint", None), ("training/start", None), ("training/trained", None),
+    ("training/trained", 3), ("mean_ab", None), ("resume/weights", None), ("resume/weights", [1]),
+    ("resume/weights/head.weight", torch.zeros(3)), ("resume/average", {}),
+    ("resume/optimizer", None), ("resume/optimizer", {"state": 3}),
+    ("resume/optimizer/state/0/exp_avg", torch.zeros(2)),
+    ("resume/optimizer/state/0/exp_avg_sq", "x"), ("resume/optimizer/state/0/step", None),
+    ("resume/optimizer/state", {"a": 1}), ("resume/step", "x"), ("resume/step", -1),
+    ("resume/step", 10 ** 9), ("resume/best", "x"), ("resume/history", []),
+    ("resume/history", 5), ("resume/history", [{"epoch": 3}]), ("resume/history/0/epoch", None),
+    ("resume/history/1/val_loss", "x"), ("resume/sums", {"losses": [1, 2]}),
+    ("resume/sums", None), ("resume/sums/loss", [1]), ("resume/skipped", "x")])
+def test_a_malformed_last_tar_is_named_in_one_line(where, value, cut, tmp_path):
+    path = tmp_path / "last.tar"
+    contents = torch.load(cut, weights_only=True)
+    spoil(contents, where, value)
+    torch.save(contents, path)
+    with pytest.raises(ColorizeError, match=r"^(--resume )?\S*last\.tar: .*\Z"):
+        train(out=tmp_path / "out", resume=str(path))
+
+
+@pytest.fixture(scope="module")
+def cut(photos, tmp_path_factory):
+    """The last.tar of a training of one epoch that could go on for another."""
+    out = tmp_path_factory.mktemp("cut")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        stop_at(4, patch)
+        run(photos, out)
+    return out / "last.tar"
 
 
 def test_resuming_on_another_number_of_ranks_is_refused(photos, tmp_path, monkeypatch):
@@ -326,7 +629,7 @@ def test_ten_bad_steps_in_a_row_end_the_run_with_advice(photos, tmp_path, monkey
     poison(monkeypatch, set(range(8)))
     with pytest.raises(ColorizeError, match="10 times in a row.*--lr"):
         run(photos, tmp_path, epochs=5, resume="auto")
-    assert same_weights(good, read_tensors(tmp_path / "last.tar"))
+    assert same_weights(good, read_checkpoint(tmp_path / "last.tar"))
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint_and_the_run_goes_on(photos, tmp_path,
@@ -338,28 +641,45 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_the_run_goes_on(photos, 
         raise OSError(errno.ENOSPC, "No space left on device")
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
-        train(data=photos, out=tmp_path, **TINY | {"epochs": 3, "resume": "auto"})
+        with pytest.raises(ColorizeError, match="does not hold this training's best"):
+            train(data=photos, out=tmp_path, **TINY | {"epochs": 3, "resume": "auto"})
     assert (tmp_path / "best_model.tar").read_bytes() == before
-    assert read_tensors(tmp_path / "last.tar")["resume"]["step"] == 3
+    assert read_checkpoint(tmp_path / "last.tar")["resume"]["step"] == 3
     assert "the disk is full" in capsys.readouterr().err
-    assert not list(tmp_path.glob(".*"))
+    assert not list(tmp_path.glob(".*.part"))
 
 
-def test_out_of_memory_names_a_batch_size(photos, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(), MemoryError(), RuntimeError(
+    "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")])
+def test_out_of_memory_names_a_batch_size(error, photos, tmp_path, monkeypatch):
     def exhausted(*_):
-        raise torch.OutOfMemoryError
+        raise error
     monkeypatch.setattr(Training, "train_step", exhausted)
     with pytest.raises(ColorizeError, match="--batch_size 4"):
         run(photos, tmp_path, batch_size=8)
 
 
+def test_a_defect_is_not_called_a_want_of_memory(photos, tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("shapes do not match")
+    monkeypatch.setattr(Training, "train_step", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        run(photos, tmp_path)
+
+
+def test_a_rank_without_its_companions_is_said(photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ColorizeError, match="RANK is set.*torchrun"):
+        run(photos, tmp_path)
+
+
 @pytest.mark.parametrize("flags, said", [
-    ({"epochs": 0}, "--epochs 0"), ({"batch_size": -1}, "--batch_size"),
-    ({"size": 300}, "--size 300: must be 64..256"), ({"workers": -1}, "--workers"),
-    ({"rebalance": 2.0}, "--rebalance"), ({"temperature": 0.0}, "--temperature"),
-    ({"temperature": 0.5}, "--loss bins"), ({"limit": 0}, "--limit"), ({"lr": -1.0}, "--lr"),
-    ({"loss": "bins", "chroma_weight": 1.0}, "--chroma_weight"), ({"loss": "gan"}, "--init PATH")])
-def test_settings_that_make_no_sense_are_named(flags, said, photos, tmp_path):
+    ({"rebalance": 0.5}, "--loss bins"), ({"loss": "gan"}, "--init PATH"),
+    ({"loss": "gan", "init": "auto", "encoder": "resnet34"}, "--init PATH"),
+    ({"loss": "mze"}, "--loss one of mse"), ({"decoder": "wide"}, "--decoder is one of unet"),
+    ({"encoder_share": 0.0}, "--encoder_share 0")])
+def test_flags_that_contradict_each_other_are_named(flags, said, photos, tmp_path):
     with pytest.raises(FlagError, match=said):
         run(photos, tmp_path, **flags)
 
@@ -404,30 +724,42 @@ def test_kill_9_at_any_moment_leaves_checkpoints_that_load_and_go_on(photos, tmp
         process = subprocess.Popen(command(photos, cut, *flags, "--resume", "auto"), env=ONE_THREAD,
                                    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         for line in process.stderr:  # wait for the training proper, then let chance decide
-            if line.startswith("settings"):
+            if line.startswith("epoch 0"):
                 break
         time.sleep(moments.uniform(0, 1.0))
         process.kill()
         process.wait()
         for path in cut.glob("*.tar"):
-            read_tensors(path)
+            read_checkpoint(path)
     finish(command(photos, cut, *flags, "--resume", "auto"))
-    whole = read_tensors(tmp_path / "whole" / "last.tar")
-    assert same_weights(whole, read_tensors(cut / "last.tar"))
+    whole = read_checkpoint(tmp_path / "whole" / "last.tar")
+    assert same_weights(whole, read_checkpoint(cut / "last.tar"))
     load_checkpoint(cut / "best_model.tar")
 
 
 def test_two_ranks_do_the_work_of_one(photos, tmp_path):
     """Half the batch on each of two CPU ranks, batch norm frozen: the same 20 steps."""
     prepare(photos)
-    flags = ["--epochs", "10", "--freeze_bn", "all", "--amp", "off"]
+    frozen = tmp_path / "frozen.py"  # batch norm sees half the batch, so it may not look at it
+    frozen.write_text("import sys, torch\n"
+                      "torch.nn.BatchNorm2d.train = lambda self, mode=True: self\n"
+                      "torch.nn.BatchNorm2d.training = property(lambda _: False, lambda *_: None)\n"
+                      f"sys.path.insert(0, {str(ROOT)!r})\n"
+                      "import main; sys.exit(main.main(sys.argv[1:]))\n")
+    flags = ["--epochs", "10", "--amp", "off"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     one = command(photos, tmp_path / "one", *flags, "--batch_size=4")
     two = command(photos, tmp_path / "two", *flags, "--batch_size=2", launcher=torchrun)
     for line in (one, two):
         line.remove("--batch_size"), line.remove("3")
+        line[line.index(str(ROOT / "main.py"))] = str(frozen)
         finish(line)
-    one, two = (read_tensors(tmp_path / name / "last.tar")["resume"] for name in ("one", "two"))
+    one, two = (read_checkpoint(tmp_path / name / "last.tar")["resume"] for name in ("one", "two"))
     assert one["step"] == two["step"] == 20
     for column in ("loss", "val_loss", "psnr"):
         assert two["history"][-1][column] == pytest.approx(one["history"][-1][column], rel=0.01)
+
+
+def test_run_directly_the_module_says_what_to_type():
+    done = subprocess.run([sys.executable, ROOT / "train.py"], capture_output=True, text=True)
+    assert done.returncode and done.stderr == "type: python main.py train\n"
