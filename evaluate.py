@@ -272,7 +272,8 @@ def draw_panel(draw, left: int, top: int, width: int, height: int, title: str, c
     floor = 0.0 if low >= 0 and not log else -math.inf  # rates and ratios are never negative
     low, high, last = max(low - margin, floor), high + margin, max(x for x, _ in points)
     x0, y0, x1, y1 = left + 70, top + 30, left + width - 20, top + height - 40
-    place = lambda x, y: (x0 + (x1 - x0) * (x - 1) / max(last - 1, 1),
+    first = min(x for x, _ in points)  # 0 is the start, before any training
+    place = lambda x, y: (x0 + (x1 - x0) * (x - first) / max(last - first, 1),
                           y1 - (y1 - y0) * (scale(y) - low) / (high - low))
     draw.rectangle((x0, y0, x1, y1), outline="black")
     draw.text((x0, top + 8), title + " (log scale)" * log, "black", ImageFont.load_default(14))
@@ -282,7 +283,7 @@ def draw_panel(draw, left: int, top: int, width: int, height: int, title: str, c
         draw.line((x0, y, x1, y), "#d0d0d0" if 0 < i < 4 else "black")
         label = f"{10 ** value if log else value:.4g}"
         draw.text((x0 - 6, y), label, "black", font, "rm")
-        epoch = round(1 + (last - 1) * i / 4)
+        epoch = round(first + (last - first) * i / 4)
         if last >= 5 or i in (0, 4):
             x, _ = place(epoch, points[0][1])
             draw.text((x, y1 + 6), str(epoch), "black", font, "ma")

@@ -26,11 +26,10 @@ from train import train  # noqa: E402
 BATCH, SIZE, SCORED = 32, 128, 400
 RUNS = {  # name: flags beside those that all share
     "mse": {}, "l1": {"loss": "l1"}, "huber": {"loss": "huber"},
-    "huber, chroma 2": {"loss": "huber", "chroma_weight": 2.0},
     "bins": {"loss": "bins"}, "bins, rebalance 0.5": {"loss": "bins", "rebalance": 0.5},
     "bins, classes": {"loss": "bins", "class_weight": 1 / 300},
-    "mse, plain": {"decoder": "plain"}, "mse, dense": {"decoder": "dense"},
-    "mse, frozen encoder": {"freeze_encoder": True},
+    "mse, plain": {"decoder": "plain"},
+    "mse, frozen encoder": {"encoder_share": 0.0},
     "mse, seed 1": {"seed": 1}, "mse, seed 2": {"seed": 2},
 }
 
