@@ -19,7 +19,7 @@ from typing import NamedTuple
 COMMANDS = {"data": "colorize_data", "train": "train", "inference": "inference",
             "evaluate": "evaluate"}
 HERE = Path(__file__).resolve().parent
-RANGE = re.compile(r"\((-?\d[\d.e-]*?)\.\.(-?\d[\d.e-]*)\)$")  # (0..4) ends a help text
+RANGE = re.compile(r"\((-?\d[\d.e-]*?)\.\.(-?[\d.e-]*)\)$")  # (0..4) or (1..) ends a help
 # what other programs call our flags; the first that the command has is meant
 SYNONYMS = {"--input": ("--image", "--data"), "--learning_rate": ("--lr",),
             "--weights": ("--model", "--init"), "--checkpoint": ("--model", "--init")}
@@ -57,7 +57,8 @@ def read_command(name: str) -> tuple[str, dict[str, Flag]]:
         default = " ".join(default) if isinstance(default, tuple) else str(default)
         flags[argument.arg] = Flag(kind.partition("[")[0], choices, default,
                                    after.partition("\n")[0], (headings or [""])[-1])
-    return summary, flags
+    # as they are explained, so that each heading stands once
+    return summary, dict(sorted(flags.items(), key=lambda flag: lines.find(f"\n{flag[0]}: ")))
 
 
 def suggest(word: str, known) -> str:
@@ -79,10 +80,11 @@ def convert(name: str, text: str, flag: Flag):
     except ValueError:
         value = math.nan
     limits = RANGE.search(flag.help)
-    low, high = map(float, limits.groups() if limits else (-1e308, 1e308))
-    if isinstance(value, (int, float)) and not low <= value <= high:  # nor is nan, or inf
-        kind = "a whole number" if flag.kind == "int" else "a number"
-        wanted = limits[0][1:-1] if limits and value == value else kind
+    low, high = limits.groups() if limits else (-1e308, 1e308)
+    if isinstance(value, (int, float)) and not float(low) <= value <= float(high or 1e308):
+        wanted = "a whole number" if flag.kind == "int" else "a number"  # which nan and inf are not
+        if limits and value == value:
+            wanted = f"{low}..{high}" if high else f"{low} or more"
         raise UsageError(f"--{name} {text}: must be {wanted}")
     return value
 
