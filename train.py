@@ -119,9 +119,14 @@ def realness_loss(logits: torch.Tensor, real: float) -> torch.Tensor:
     return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, real))
 
 
+def world_size() -> int:
+    """How many processes train together."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
 def distribute(network: nn.Module, device: torch.device) -> nn.Module:
     """The network, its gradients averaged over the ranks where there are several."""
-    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+    if world_size() == 1:
         return network
     return DistributedDataParallel(network, [device] if device.type == "cuda" else None)
 
@@ -146,7 +151,7 @@ class Means:
     """Named running means of which several ranks make one; each rank has the same names."""
 
     def __init__(self, *names: str):
-        self.sums = {name: [0.0, 0] for name in names}
+        self.sums = {name: [0.0, 0] for name in names}  # total, photographs
 
     def add(self, count: int, **totals) -> None:
         """Totals over `count` photographs."""
@@ -158,7 +163,7 @@ class Means:
         """The mean over all ranks of each name that was counted."""
         sums = torch.tensor(list(self.sums.values()), dtype=torch.float64)
         if distributed.is_initialized():
-            sums = sums.to(device)
+            sums = sums.to(device)  # nccl sums on GPUs only
             distributed.all_reduce(sums)
         return {name: total / n for name, (total, n) in zip(self.sums, sums.tolist()) if n}
 
@@ -186,17 +191,18 @@ class Training:
         self.amp = use_bf16(settings["amp"], device)
         self.fingerprint = manifests["train"]["fingerprint"]
         self.rank = distributed.get_rank() if distributed.is_initialized() else 0
-        self.world = distributed.get_world_size() if distributed.is_initialized() else 1
+        self.world = world_size()
         self.open_photographs(manifests)
         self.make_network(start)
         self.make_optimizers()
         names = ["d_loss", "d_real", "d_fake"] if self.discriminator else []
         self.means = Means("loss", *names)
-        self.step, self.history, self.best, self.skipped, self.bad = 0, [], math.inf, 0, 0
+        self.step, self.history, self.best = 0, [], math.inf  # the lowest val_loss
+        self.skipped, self.bad = 0, 0  # non-finite steps, and those in a row
         self.failed, self.saved = {}, time.monotonic()  # writes; when last.tar was written
         self.samples = len(self.train_data) // self.world * self.world  # equal shares
         self.steps_per_epoch = -(-self.samples // (settings["batch_size"] * self.world))
-        self.total = self.steps_per_epoch * settings["epochs"]
+        self.total = self.steps_per_epoch * settings["epochs"]  # what the schedules span
         # a validation loss would bring a gan back to its start, and --final has none
         self.last_is_best = settings["final"] or settings["loss"] == "gan"
         if "resume" in start:
@@ -208,7 +214,7 @@ class Training:
         if s["class_weight"] and not self.classes:
             raise ColorizeError(f"--class_weight: {s['data']}/train has no class folders; "
                                 "make some, or leave the flag out")
-        number = {name: i for i, name in enumerate(self.classes)}
+        number = {name: i for i, name in enumerate(self.classes)}  # -1: of none
 
         def opened(*splits, **options):
             labels = [number.get(label, -1) for split in splits
@@ -225,6 +231,7 @@ class Training:
     def make_network(self, start: dict) -> None:
         """The network with its starting weights, their average, and the objective."""
         s, resumed = self.settings, "resume" in start
+        # bins are part of what a checkpoint learnt: they stay as they are
         colors = start.get("colors") or {"bins": color_bins(), "temperature": TEMPERATURE,
                                          "saturation": SATURATION}
         if resumed:
@@ -241,8 +248,9 @@ class Training:
         else:
             self.start, trained = initialize(self.model, s["init"], start)
         self.trained = set(trained)  # names of the weights that did not start random
-        if s["encoder_share"] == 0:
+        if s["encoder_share"] == 0:  # no gradients for it either: a step is a fifth faster
             self.model.encoder.requires_grad_(False)
+        # with bf16, 2.3 times as fast as float32 and channels first (README)
         self.model.to(self.device, memory_format=torch.channels_last)
         self.ema = AveragedModel(self.model, multi_avg_fn=ema_update)  # copies the buffers
         self.objective = OBJECTIVES[s["loss"]](self.model, s["rebalance"]).to(self.device)
@@ -251,11 +259,13 @@ class Training:
         """AdamW of the network and, for a gan, the discriminator with its own."""
         s, groups = self.settings, {}
         for name, parameter in self.model.named_parameters():
+            # features from a million photographs should change little for a few more
             slow = name.startswith("encoder.") and name in self.trained
             if parameter.requires_grad:
                 groups.setdefault(s["encoder_share"] if slow else 1.0, []).append(parameter)
         self.parallel = distribute(self.model, self.device)
         self.optimizer = torch.optim.AdamW(
+            # "scale" is ours: train_step makes the group's rate of it
             [{"params": group, "scale": share} for share, group in groups.items()],
             lr=s["lr"], weight_decay=s["weight_decay"])
         self.discriminator = None
@@ -266,9 +276,10 @@ class Training:
                                                  betas=D_BETAS)
 
     def batches(self, dataset: ColorizeData, first: int, last: int, skip: int = 0):
-        """Batches (lab, labels) of this rank's share of samples first..last after `skip`."""
+        """Batches (lab, labels), this rank's share of samples first..last after `skip`."""
         together = self.settings["batch_size"] * self.world
         cuda = self.device.type == "cuda"
+        # ranks take turns: together they see the batches that one alone would
         shares = [list(range(start + self.rank, min(start + together, last), self.world))
                   for start in range(first, last, together)]
         workers = self.settings["workers"]
@@ -310,7 +321,7 @@ class Training:
             scene = scene_loss(scenes, labels.to(self.device))
             loss = loss + self.settings["class_weight"] * scene
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # and, on several ranks, the mean of all gradients
         trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(trainable, MAX_NORM)
         self.step += 1
@@ -320,6 +331,7 @@ class Training:
         self.bad = 0
         self.optimizer.step()
         self.ema.update_parameters(self.model)
+        # times the batch: the last one of an epoch is smaller
         totals = {name: value * len(lab) for name, value in measured.items()}
         self.means.add(len(lab), **totals)
 
@@ -327,7 +339,7 @@ class Training:
         """A loss or gradient is not finite: undo what the step did to batch norm."""
         self.skipped, self.bad = self.skipped + 1, self.bad + 1
         for buffer, good in zip(self.model.buffers(), self.ema.module.buffers()):
-            buffer.copy_(good)
+            buffer.copy_(good)  # the average's are those of the last good step
         say(f"step {self.step}: the loss is not finite; skipped ({self.skipped} so far)")
         if self.bad == BAD_STEPS:
             raise ColorizeError(f"the loss was not finite {BAD_STEPS} times in a row; "
@@ -352,6 +364,7 @@ class Training:
         norm = nn.utils.clip_grad_norm_(self.discriminator.parameters(), MAX_NORM)
         if torch.isfinite(norm):
             self.d_optimizer.step()
+        # d_real and d_fake near 1 and 0: it wins, and no longer teaches
         return {"d_loss": loss.detach(), "d_real": real.detach().sigmoid().mean(),
                 "d_fake": fake.detach().sigmoid().mean()}
 
@@ -376,7 +389,7 @@ class Training:
             lab, n = decode_lab(lab.to(self.device)), len(lab)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
                 output, scenes = model(lab[:, :1], with_scenes=True)
-            ab = model.decode(output, lab.shape[-2:])
+            ab = model.decode(output, lab.shape[-2:])  # what inference would show
             loss = self.objective(model, output, lab[:, 1:]) * self.objective.unit
             means.add(n, val_loss=loss * n, mse=F.mse_loss(ab, lab[:, 1:]) * n)
             means.add(n, **dict(zip(pictures, picture_scores(lab.cpu(), ab.cpu()))))
@@ -384,7 +397,8 @@ class Training:
                 right = (scenes.argmax(1).cpu() == labels)[labels >= 0]
                 means.add(len(right), accuracy=right.sum())
         scores = means.over_ranks(self.device)
-        scores["colorfulness"] /= max(scores.pop("true"), 1e-9)  # as a ratio to the truth's
+        # the means' ratio, as in evaluate's table
+        scores["color_ratio"] = scores.pop("colorfulness") / max(scores.pop("true"), 1e-9)
         return scores
 
     def save(self, name: str) -> None:
@@ -398,14 +412,14 @@ class Training:
             "trained": sorted(self.trained), "epoch": self.step // self.steps_per_epoch,
             "step": self.step, "photographs": len(self.train_data),
             "amp": "bf16" if self.amp else "off", "fingerprint": self.fingerprint,
-            "scores": self.history[-1] if self.history else {},
+            "scores": self.history[-1] if self.history else {},  # of the epoch just ended
             "torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}}
         if name == "last.tar":
             extra["resume"] = {
                 "step": self.step, "history": self.history, "best": self.best,
                 "sums": self.means.sums, "skipped": self.skipped,
                 **{key: part.state_dict() for key, part in self.parts().items()}}
-            self.saved = time.monotonic()
+            self.saved = time.monotonic()  # tried, at least: no second try at each step
         try:
             save_checkpoint(Path(self.settings["out"], name), self.model,
                             self.ema.module.state_dict(), **extra)
@@ -446,6 +460,7 @@ class Training:
         self.history = [{name: int(x) if name in ("epoch", "step") else float(x)
                          for name, x in row.items()} | {"epoch": int(row["epoch"])}
                         for row in state["history"]]
+        # the step lies in or at the end of the epoch after the last one of the history
         if not self.history[-1]["epoch"] * self.steps_per_epoch <= self.step <= self.total:
             raise ValueError
 
@@ -481,6 +496,7 @@ class Training:
     def run_epoch(self, epoch: int, stop: list) -> None:
         """One epoch, from wherever in it the step stands, and what follows it."""
         self.train_mode()
+        # samples are numbered through all epochs ; done are batches of this one
         done, first = self.step - epoch * self.steps_per_epoch, epoch * len(self.train_data)
         batches = self.batches(self.train_data, first, first + self.samples, done)
         seen, waiting, start = 0, 0.0, time.monotonic()
@@ -489,12 +505,13 @@ class Training:
             waiting += time.monotonic() - asked  # for the photographs
             self.train_step(lab, labels)
             seen += len(lab) * self.world
+            # the signal may have reached one rank only
             stopped = max_over_ranks(stop[0] if stop else 0, self.device)
             if stopped:
                 self.save("last.tar")
                 say(f"stopped at step {self.step}; go on with --resume auto")
                 raise SystemExit(128 + stopped)  # as a shell counts signals
-            if self.step % self.steps_per_epoch:
+            if self.step % self.steps_per_epoch:  # else after the validation
                 self.save_when_due()
             asked = time.monotonic()
         elapsed = max(time.monotonic() - start, 1e-9)
@@ -502,7 +519,7 @@ class Training:
         row = {"epoch": epoch + 1, "step": self.step, "lr": rate}
         row |= self.means.over_ranks(self.device) | self.validate()
         row |= {"images_per_second": seen / elapsed, "waiting": waiting / elapsed}
-        self.means = Means(*self.means.sums)
+        self.means = Means(*self.means.sums)  # the same names, from zero
         self.finish_epoch(row)
         self.save_when_due()
 
@@ -521,7 +538,8 @@ class Training:
         out = Path(self.settings["out"])
         try:
             write_csv(out / "history.csv", self.history)
-            draw_curves(out / "curves.png", self.history)
+            if row["epoch"] > 0:  # one point is no curve
+                draw_curves(out / "curves.png", self.history)
             if self.val_data:  # the same eight photographs every time, from all of them
                 numbers = sorted({i * len(self.val_data) // 8 for i in range(8)})
                 lab = decode_lab(self.val_data.__getitems__(numbers)[0])
@@ -542,7 +560,7 @@ class Training:
         if not self.last_is_best:
             now = next((r for r in self.history if r.get("val_loss") == self.best), first)
         scores = [f"{name} {now[name]:.4g} ({first[name]:.4g} at the start)"
-                  for name in ("val_loss", "colorfulness") if name in now and name in first]
+                  for name in ("val_loss", "color_ratio") if name in now and name in first]
         hint = "" if now["epoch"] else (": training did not help; try a lower --lr, "
                                         "--encoder_share 0 or more photographs")
         return ", ".join([f"{path}: epoch {now['epoch']}", *scores]) + hint
@@ -566,6 +584,7 @@ def settle(settings: dict) -> tuple[dict, dict]:
     start.pop("resume", None)  # of a last.tar, only the weights are wanted
     model = {"head": head_of(s, start)} | {
         name: s[name] for name in ("encoder", "decoder", "stages")}
+    # each weight of the colours has a trained one to start from (classes may be new)
     trained = model.items() <= start.get("model", {}).items()
     if s["lr"] is None:
         s["lr"] = TRAINED_LR if trained else FRESH_LR
@@ -586,8 +605,7 @@ def settle_resumed(path: Path, flags: dict) -> tuple[dict, dict]:
     """The same of a last.tar, whose settings go on; flags that were given must agree."""
     contents, defaults = read_checkpoint(path), plain(train.__kwdefaults__)
     training = contents.get("training", {})
-    old, ranks = training.get("settings"), int(os.environ.get("WORLD_SIZE", 1))
-    wrong = ""
+    old, ranks, wrong = training.get("settings"), world_size(), ""
     if "resume" not in contents:
         wrong = "it holds no training to go on with, as a last.tar does"
     elif not (isinstance(old, dict) and old.keys() == flags.keys()
@@ -607,12 +625,13 @@ def settle_resumed(path: Path, flags: dict) -> tuple[dict, dict]:
     if given.get("epochs", 0) > old["epochs"]:
         say(f"--epochs {given['epochs']} instead of {old['epochs']}: the learning rate "
             "follows the longer schedule from here on")
-    return old | given | {"init": old["init"]}, contents
+    # it goes on where its file lies, so that a folder can be moved
+    return old | {"out": str(path.parent)} | given | {"init": old["init"]}, contents
 
 
 def fits(value, kind) -> bool:
     """Whether a setting read from a file is of its flag's type, and no negative number."""
-    if get_origin(kind) is Literal:
+    if get_origin(kind) is Literal:  # a choice
         return value in get_args(kind)
     kind = str if kind is Path else kind
     return isinstance(value, kind) and not (isinstance(value, (int, float)) and value < 0)
@@ -663,7 +682,7 @@ def join_ranks(device: torch.device) -> int:
         return 0
     try:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        # long: the first rank builds the arrays while the others wait
+        # hours: the first rank builds the arrays while the others wait
         distributed.init_process_group(backend, timeout=timedelta(hours=6))
     except (ValueError, RuntimeError):
         raise ColorizeError("RANK is set but the ranks cannot find each other (WORLD_SIZE, "
@@ -687,34 +706,34 @@ def train(*, data: Path = Path("data/input"), out: Path = Path("checkpoints"),
     """Train a colorizer on a folder of photographs and save OUT/best_model.tar.
 
     Photographs and results:
-    data: holds train/ and val/ (or a tenth of train is set aside)
-    out: gets best_model.tar, last.tar, history.csv and pictures
-    resume: auto or a last.tar: go on exactly where it stopped, with its settings
+    data: holds train/ and val/ (else a tenth of train)
+    out: gets best_model.tar, last.tar, history
+    resume: auto, or a last.tar: go on where it stopped
     limit: use this many photographs (1..)
     final: train on train and val together, keep the last epoch
     The network:
-    init: auto (shipped checkpoint, else imagenet), imagenet, none, or a file
-    encoder: torchvision's: resnet18..152, vgg11..19(_bn), mobilenet_v2
+    init: auto (the shipped), imagenet, none, or a file
+    encoder: torchvision's: resnet18, vgg16_bn, ...
     decoder: unet: the encoder's features joined, plain: none
     stages: the encoder ends at stride 8, 16 or 32
     What it learns:
-    loss: objective; bins: classes of colour, gan: adversarial beside l1
-    rebalance: bins: 1 none, towards 0 rare colours count more (0..1)
-    class_weight: of telling the class (by folder) as well; 0.0033 is usual (0..1000)
+    loss: bins: colour classes, gan: l1 + adversarial
+    rebalance: bins: under 1, rare colours count more (0..1)
+    class_weight: of telling the class folder, say 0.0033 (0..1000)
     How long and how fast:
-    epochs: times that each photograph is seen (1..1000000)
-    batch_size: photographs a step, on each device (1..1000000)
-    size: side in pixels of the square crops that the network sees (64..256)
-    film: make the input as films of other colour sensitivity saw it, with grain
-    lr: peak learning rate; 1e-3, or 4e-5 where all was trained before (1e-9..10)
-    encoder_share: of lr, for an encoder that was trained before; 0 freezes it (0..10)
+    epochs: times that each photograph is seen (1..)
+    batch_size: photographs a step, on each device (1..)
+    size: side in pixels of the crops it sees (64..256)
+    film: vary L as old films did: sensitivity, grain
+    lr: peak rate; 1e-3, or 4e-5 if all was trained (1e-9..10)
+    encoder_share: of lr, for a trained encoder; 0: frozen (0..10)
     weight_decay: AdamW's (0..10)
     The machine:
-    seed: of order, augmentation, initialization and noise (0..2147483647)
+    seed: of order, crops, weights, noise (0..2147483647)
     device: where to compute
     amp: bf16 arithmetic; auto: where the hardware has it
-    workers: processes that make batches; 0 on a CPU, up to 8 beside a GPU (0..999)
-    save_minutes: write last.tar this often; 0: after each step (0..1000000)
+    workers: processes that make batches (0..999)
+    save_minutes: write last.tar this often (0..)
     """
     flags = plain(locals())
     device, out = choose_device(device), Path(out)
@@ -724,8 +743,9 @@ def train(*, data: Path = Path("data/input"), out: Path = Path("checkpoints"),
         last = None
     try:
         rank = join_ranks(device)
-        lock = None if rank else claim(out, bool(last))
         settings, start = settle_resumed(last, flags) if last else settle(flags)
+        # held in a name until the end of the training
+        lock = None if rank else claim(Path(settings["out"]), bool(last))
         manifests = None if rank else prepare(Path(settings["data"]))
         if distributed.is_initialized():
             distributed.barrier()  # the other ranks find the arrays made

@@ -24,7 +24,7 @@ from basic_model import (DECODERS, ColorNet, bins_prior, color_bins, load_checkp
                          read_checkpoint, save_checkpoint)
 from colorize_data import ColorizeData, count_colors, prepare
 from photo import ColorizeError, FlagError
-from train import (OBJECTIVES, Means, Training, as_command, ema_update, learning_rate, plain,
+from train import (OBJECTIVES, Means, Training, ema_update, learning_rate, plain,
                    scene_loss, settle, train)
 
 TINY = {"size": 64, "stages": 2, "init": "none", "epochs": 2, "batch_size": 3, "device": "cpu"}
@@ -147,8 +147,10 @@ def whole_squares(monkeypatch):
 @pytest.mark.parametrize("loss", ["mse", "l1", "huber", "bins", "gan"])
 def test_each_objective_lowers_its_own_loss_and_its_checkpoint_colours(
         loss, photos, tmp_path, checkpoints, whole_squares):
-    history = run(photos, tmp_path, loss=loss, epochs=6, limit=4, batch_size=4, lr=3e-3,
-                  init=str(checkpoints["ab"]), class_weight=0.1)["resume"]["history"]
+    # against a discriminator the loss wavers: smaller steps
+    history = run(photos, tmp_path, loss=loss, epochs=6, limit=4, batch_size=4,
+                  lr=5e-4 if loss == "gan" else 3e-3, init=str(checkpoints["ab"]),
+                  class_weight=0.1)["resume"]["history"]
     assert history[-1]["loss"] < history[1]["loss"]  # 0 is the start, before any step
     assert "accuracy" in history[-1] and ("d_real" in history[-1]) == (loss == "gan")
     model, _ = load_checkpoint(tmp_path / "best_model.tar")
@@ -171,7 +173,7 @@ def test_a_run_writes_what_it_promises_and_best_is_a_copy(photos, tmp_path, caps
     best = read_checkpoint(tmp_path / "best_model.tar")["training"]
     assert best["scores"]["val_loss"] == contents["resume"]["best"]
     assert {"epoch", "step", "lr", "loss", "val_loss", "mse", "distance", "psnr",
-            "colorfulness"} <= set(history[1])
+            "color_ratio"} <= set(history[1])
     # both in ab units squared
     assert history[0]["val_loss"] == pytest.approx(history[0]["mse"], rel=0.02)
     assert Image.open(tmp_path / "preview.png").size == (6 * 164 + 4, 2 * 180 + 4)
@@ -383,7 +385,7 @@ def test_the_names_of_losses_and_decoders_are_the_same_wherever_they_stand():
 def test_the_start_competes_and_it_is_said_that_training_did_not_help(
         photos, tmp_path, checkpoints, monkeypatch, capsys):
     monkeypatch.setattr(Training, "validate",
-                        lambda self: {"val_loss": 5.0 + self.step, "colorfulness": 1.0})
+                        lambda self: {"val_loss": 5.0 + self.step, "color_ratio": 1.0})
     contents = run(photos, tmp_path, init=str(checkpoints["ab"]))
     best, start = (read_checkpoint(path) for path in (tmp_path / "best_model.tar",
                                                       checkpoints["ab"]))
@@ -395,7 +397,7 @@ def test_the_start_competes_and_it_is_said_that_training_did_not_help(
 
 def test_it_is_said_how_much_training_helped(photos, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Training, "validate",
-                        lambda self: {"val_loss": 50.0 - self.step, "colorfulness": 1.0})
+                        lambda self: {"val_loss": 50.0 - self.step, "color_ratio": 1.0})
     run(photos, tmp_path)
     out = capsys.readouterr().out
     assert "epoch 2, val_loss 44 (50 at the start)" in out and "did not help" not in out
@@ -585,11 +587,12 @@ def cut(photos, tmp_path_factory):
     return out / "last.tar"
 
 
-def test_resuming_on_another_number_of_ranks_is_refused(photos, tmp_path, monkeypatch):
-    run(photos, tmp_path, epochs=1)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ColorizeError, match="1 ranks, not 2"):
-        run(photos, tmp_path, resume="auto", epochs=2)
+def test_resuming_on_another_number_of_ranks_is_refused(cut, tmp_path):
+    contents = torch.load(cut, weights_only=True)
+    contents["training"]["ranks"] = 2
+    torch.save(contents, tmp_path / "last.tar")
+    with pytest.raises(ColorizeError, match="2 ranks, not 1"):
+        train(out=tmp_path, resume="auto")
 
 
 def test_longer_epochs_are_allowed_and_said(photos, tmp_path, capsys):
