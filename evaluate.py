@@ -1,8 +1,19 @@
-"""How good the colours are: metrics, baselines, the report, training's curves.
+"""How good the colours are: metrics, baselines, the report, a training's curves.
 
-    python main.py evaluate --model a.tar,b.tar --image data/input/val
+    python main.py evaluate --model a.tar,b.tar --image data/input/val   # beside the truth
+    python main.py evaluate --image old/                                 # gray: what needs none
 
 Each photograph is coloured by the code of inference and scored at a short side of at most 256.
+One name means one thing, in scores.csv, in evaluation.json and in a training's history.csv:
+
+    psnr, ssim        of sRGB in 0..1; psnr in dB
+    ciede2000         mean colour difference; 1 is just visible
+    distance          mean distance in ab, CIE units
+    auc               area under the share of pixels within a distance of 0..150
+    colorfulness      of the result; true_colorfulness: of the photograph
+    color_ratio       the one over the other, of their means over the photographs
+    delta_L           mean difference of lightness; what remains is rounding
+    even_change, even_chroma (and true_...)  between even neighbours; over one another: patchiness
 """
 
 import csv
@@ -18,15 +29,22 @@ from skimage.color import deltaE_ciede2000
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from colorize_data import SIDE
+from controls import read_controls
 from inference import colorize, load_model
-from photo import (MIN_CHROMA, ColorizeError, FlagError, content_hash, find_photos, lab_to_image,
-                   lab_to_rgb, lightness, ordered_map, picture_sheet, progress, read_photo,
-                   rgb_to_lab, say, working_copy, write_atomically)
+from photo import (ColorizeError, FlagError, content_hash, find_photos, lab_to_image, lab_to_rgb,
+                   lightness, ordered_map, picture_sheet, printable, progress, read_photo,
+                   rgb_to_lab, say, tone_of, working_copy, write_atomically)
 
 # rows of the table: score, heading, digits
 SCORES = {"psnr": ("PSNR, dB", 2), "ssim": ("SSIM", 3), "ciede2000": ("CIEDE2000", 2),
           "distance": ("ab distance", 2), "auc": ("AuC", 3), "colorfulness": ("colourfulness", 1),
-          "ratio": ("... over the truth's", 3), "delta_L": ("|dL|", 3)}
+          "color_ratio": ("... over the truth's", 3), "patchiness": ("patchiness", 3),
+          "true_patchiness": ("... of the truth", 3), "delta_L": ("|dL|", 3)}
+# of means over all photographs: one nearly without colour would rule a mean of ratios
+RATIOS = {"color_ratio": ("colorfulness", "true_colorfulness"),
+          "patchiness": ("even_change", "even_chroma"),
+          "true_patchiness": ("true_even_change", "true_even_chroma")}
+MEAN_COLOR = "mean ab for each L"  # the baseline's name
 
 
 # ---------------------------------------------------------------------------------- metrics
@@ -59,19 +77,51 @@ def area_under_curve(ab: np.ndarray, true_ab: np.ndarray) -> float:
     return float(np.trapezoid(share) / 150)
 
 
-def score(rgb: np.ndarray, true_rgb: np.ndarray) -> dict[str, float]:
-    """Every score of one uint8 picture (H, W, 3) against the truth."""
-    lab, true_lab = rgb_to_lab(rgb), rgb_to_lab(true_rgb)
-    made, true = rgb / np.float32(255), true_rgb / np.float32(255)
+def even_neighbors(lab: np.ndarray) -> tuple[float, float]:
+    """Change of ab between neighbouring even places of lab (H, W, 3), and the mean chroma there.
+
+    Change over chroma is the patchiness: 0 for a wall of one colour, about 0.11 for photographs,
+    more where each place of a wall, a coat or a sky chose a colour of its own. It needs no truth.
+    Ours: places are squares of 1/24 of the short side, even ones deviate in L by under 6, and
+    neighbours, side by side or one above the other, differ in mean L by under 4.
+    """
+    side = max(min(lab.shape[:2]) // 24, 2)
+    rows, columns = lab.shape[0] // side, lab.shape[1] // side
+    places = lab[:rows * side, :columns * side].reshape(rows, side, columns, side, 3)
+    mean, even = places.mean(axis=(1, 3)), places[..., 0].std(axis=(1, 3)) < 6
+    change = chroma = pairs = 0.0
+    for one, other in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
+        alike = np.abs(mean[one] - mean[other])[..., 0] < 4
+        both = even[one] & even[other] & alike
+        ab, other_ab = mean[one][both][:, 1:], mean[other][both][:, 1:]  # (pairs, 2)
+        change += np.linalg.norm(ab - other_ab, axis=1).sum()
+        chroma += np.linalg.norm([ab, other_ab], axis=2).sum() / 2
+        pairs += both.size
+    # over all pairs, even or not: a photograph without a wall says little of walls
+    return float(change / max(pairs, 1)), float(chroma / max(pairs, 1))
+
+
+def score(rgb: np.ndarray, true_rgb: np.ndarray | None) -> dict[str, float]:
+    """Every score of one uint8 picture (H, W, 3) against the truth; None: those that need none."""
+    lab, made = rgb_to_lab(rgb), rgb / np.float32(255)
+    change, chroma = even_neighbors(lab)
+    scores = {"colorfulness": colorfulness(made), "even_change": change, "even_chroma": chroma}
+    if true_rgb is None:
+        return scores
+    true_lab, true = rgb_to_lab(true_rgb), true_rgb / np.float32(255)
+    change, chroma = even_neighbors(true_lab)
+    # SSIM's window is odd and fits into the picture; 7 is scikit-image's own
     window = min(7, (min(rgb.shape[:2]) - 1) // 2 * 2 + 1)
-    return {"psnr": psnr(made, true),
-            "ssim": float(structural_similarity(true, made, win_size=window, channel_axis=-1,
-                                                data_range=1.0)),
-            "ciede2000": float(deltaE_ciede2000(true_lab, lab).mean()),
-            "distance": mean_ab_distance(lab[..., 1:], true_lab[..., 1:]),
-            "auc": area_under_curve(lab[..., 1:], true_lab[..., 1:]),
-            "colorfulness": colorfulness(made), "true_colorfulness": colorfulness(true),
-            "delta_L": float(np.abs(lab[..., 0] - true_lab[..., 0]).mean())}
+    return scores | {
+        "psnr": psnr(made, true),
+        "ssim": float(structural_similarity(true, made, win_size=window, channel_axis=-1,
+                                            data_range=1.0)),
+        "ciede2000": float(deltaE_ciede2000(true_lab, lab).mean()),
+        "distance": mean_ab_distance(lab[..., 1:], true_lab[..., 1:]),
+        "auc": area_under_curve(lab[..., 1:], true_lab[..., 1:]),
+        "true_colorfulness": colorfulness(true), "true_even_change": change,
+        "true_even_chroma": chroma,
+        "delta_L": float(np.abs(lab[..., 0] - true_lab[..., 0]).mean())}
 
 
 def picture_scores(lab, ab) -> list[float]:
@@ -86,21 +136,21 @@ def picture_scores(lab, ab) -> list[float]:
 
 
 def summarize(rows: list[dict]) -> dict[str, tuple[float, float]]:
-    """Mean and half width of its 95 % interval over photographs, for each of SCORES.
-
-    The colourfulness ratio is that of the means, its interval by linearization.
-    """
-    summary, n = {}, len(rows)
+    """Mean and half width of its 95 % interval over photographs, for each of SCORES they have."""
+    summary = {}
     for name in SCORES:
-        if name == "ratio":
-            made, true = (np.array([row[key] for row in rows])
-                          for key in ("colorfulness", "true_colorfulness"))
-            mean = made.mean() / max(true.mean(), 1e-9)
-            values = (made - mean * true) / max(true.mean(), 1e-9)
-        else:
-            values = np.array([row[name] for row in rows])
-            mean = values.mean()
-        summary[name] = float(mean), float(1.96 * values.std(ddof=1) / np.sqrt(n)) if n > 1 else 0.0
+        made, true = RATIOS.get(name, (name, None))
+        if made not in rows[0] or true and true not in rows[0]:  # there was no truth
+            continue
+        values = np.array([row[made] for row in rows])
+        mean = values.mean()
+        if true:  # a ratio of means; its interval by linearization (Cochran 1977, section 2.11)
+            others = np.array([row[true] for row in rows])
+            below = max(others.mean(), 0.01)  # rounding leaves as much in a gray picture
+            mean = mean / below
+            values = (values - mean * others) / below
+        width = 1.96 * values.std(ddof=1) / np.sqrt(len(rows)) if len(rows) > 1 else 0.0
+        summary[name] = float(mean), float(width)
     return summary
 
 
@@ -112,92 +162,94 @@ def mean_color_baseline(mean_ab: np.ndarray, image: Image.Image) -> Image.Image:
     return lab_to_image(L, mean_ab[np.clip(np.rint(L), 0, 100).astype(int)].astype(np.float32))
 
 
-def print_table(summaries: dict, count: int, size: int) -> None:
+def print_table(title: str, summaries: dict) -> None:
     """A row a score, a column a method, mean and 95 % interval."""
-    print(f"{count} photographs, network at {size} px; mean +- 95 % interval over photographs")
-    widths = {method: max(len(method) + 2, 18) for method in summaries}
-    print(" " * 20 + "".join(method.rjust(width) for method, width in widths.items()))
+    print(f"{title}; mean +- 95 % interval over photographs")
+    widths = {method: max(len(printable(method)) + 2, 18) for method in summaries}
+    print(" " * 20 + "".join(printable(method).rjust(width) for method, width in widths.items()))
     for name, (heading, digits) in SCORES.items():
-        cells = ("{:.{d}f} +-{:.{d}f}".format(*summaries[method][name], d=digits).rjust(width)
-                 for method, width in widths.items())
-        print(f"{heading:<20}" + "".join(cells))
+        if all(name in summary for summary in summaries.values()):
+            cells = ("{:.{d}f} +-{:.{d}f}".format(*summaries[method][name], d=digits).rjust(width)
+                     for method, width in widths.items())
+            print(f"{heading:<20}" + "".join(cells))
 
 
-def evaluate(*, image: Path = Path("data/input/val"), model: str | None = None, size: int = 256,
-             out: Path = Path("data/output/evaluation"), vividness: float | None = None,
-             saturation: float | None = None,
+def evaluate(*, image: list[str] | Path = ("data/input/val",), model: str | None = None,
+             size: int = 256, saturation: float | None = None,
+             out: Path = Path("data/output/evaluation"),
              device: Literal["auto", "cpu", "cuda", "mps"] = "auto") -> None:
-    """Score checkpoints on colour photographs, beside plain gray and the mean colour.
+    """Score checkpoints on colour photographs, or see what can be said of gray ones.
 
-    image: folder of colour photographs
+    image: photographs or folders; of gray and toned ones what needs no truth is scored
     model: checkpoint, or several: a.tar,b.tar; else the one that inference takes
-    size: short side at which the network works
+    size: short side at which the network works (32..2048)
+    saturation: factor on the colours, as in inference (0..4)
     out: folder for evaluation.json, scores.csv and evaluation.png
-    vividness: as in inference
-    saturation: as in inference
     device: where to compute
     """
-    if not 32 <= size <= 2048:
-        raise FlagError(f"--size {size}: must be 32..2048")
-    names = [name.strip() for name in model.split(",")] if model else [None]
-    loaded = [load_model(name, device) for name in names]
-    methods, hashes = {"gray": partial(mean_color_baseline, np.zeros((101, 2)))}, {}
-    for network, path, contents in loaded:
-        hashes[str(path)] = content_hash(path)[:12]
-        if "mean_ab" in contents and "mean ab for each L" not in methods:
-            mean_ab = contents["mean_ab"].numpy()
-            methods["mean ab for each L"] = partial(mean_color_baseline, mean_ab)
-        methods[str(path)] = partial(colorize, network, size=size, vividness=vividness,
-                                     saturation=saturation)
-    paths = find_photos(image) if Path(image).is_dir() else [Path(image)]
+    out, places = Path(out), [image] if isinstance(image, (str, Path)) else image
+    paths = [path for place in map(Path, places)
+             for path in (find_photos(place) if place.is_dir() else [place])]
     if not paths:
-        raise ColorizeError(f"{image}: no photograph below it; name a folder of colour photographs")
+        raise ColorizeError(f"--image {', '.join(map(str, places))}: no photograph there; name a "
+                            "folder of photographs")
+    names = [None] if model is None else [name.strip() for name in model.split(",") if name.strip()]
+    if not names:
+        raise FlagError(f"--model '{model}': names no checkpoint; write a.tar or a.tar,b.tar")
+    controls = read_controls(saturation=saturation)
+    # a method makes a picture of a picture: the baselines, then the checkpoints
+    methods, hashes = {"gray": partial(mean_color_baseline, np.zeros((101, 2)))}, {}
+    for network, path, contents in [load_model(name, device) for name in names]:
+        hashes[str(path)] = content_hash(path)[:12]
+        if "mean_ab" in contents:  # of the first checkpoint alone: they hardly differ
+            methods.setdefault(MEAN_COLOR, partial(mean_color_baseline, contents["mean_ab"].numpy()))
+        methods[str(path)] = partial(colorize, network, size=size, controls=controls)
 
     def score_all(path):
         try:
-            picture = scored_copy(path)
+            picture, colored = scored_copy(path)
         except ColorizeError as error:
+            if len(paths) == 1:
+                raise
             say(f"left out: {error}")
             return None
-        if picture is None:
-            return None
-        true = np.asarray(picture)
+        true = np.asarray(picture) if colored else None
         return path, {name: score(np.asarray(method(picture)), true)
                       for name, method in methods.items()}
+    # two at a time: one is read while the network works on another
     results = [r for r in progress(ordered_map(score_all, paths, 2), len(paths), "evaluate") if r]
     if not results:
-        raise ColorizeError(f"{image}: no colour photograph to compare with; these are gray or "
-                            "unreadable")
-    if len(results) < len(paths):
-        say(f"{len(paths) - len(results)} of {len(paths)} left out: gray, tiny or unreadable")
-    summaries = {name: summarize([scores[name] for _, scores in results]) for name in methods}
-    print_table(summaries, len(results), size)
-    settings = {"image": str(image), "size": size, "vividness": vividness, "saturation": saturation,
-                "scored_short_side": SIDE}
-    write_report(Path(out), settings, hashes, summaries, results)
-    first = str(loaded[0][1])
-    results.sort(key=lambda result: result[1][first]["ciede2000"])
-    draw_evaluation(Path(out, "evaluation.png"), results, methods)
-    print(f"{Path(out, 'evaluation.png')}: from best to worst by CIEDE2000")
-
-
-def scored_copy(path: Path):
-    """The photograph at a short side of at most SIDE, RGB; None where it is gray or tiny."""
-    picture = working_copy(read_photo(path).image, SIDE).convert("RGB")
-    chroma = np.hypot(*np.moveaxis(rgb_to_lab(np.asarray(picture))[..., 1:], -1, 0)).mean()
-    return picture if min(picture.size) >= 32 and chroma >= MIN_CHROMA else None
-
-
-def write_report(out: Path, settings: dict, hashes: dict, summaries: dict, results: list) -> None:
-    """evaluation.json (all of it) and scores.csv (a row a photograph and method)."""
-    report = {"settings": settings, "checkpoints": hashes, "photographs": len(results),
-              "summary": {m: {k: {"mean": v[0], "interval95": v[1]} for k, v in s.items()}
-                          for m, s in summaries.items()},
+        raise ColorizeError(f"none of {len(paths)} photographs could be scored; see above")
+    report = {"settings": {"image": list(map(str, places)), "size": size, "saturation": saturation,
+                           "scored_short_side": SIDE}, "checkpoints": hashes,
               "scores": {str(path): scores for path, scores in results}}
-    write_atomically(out / "evaluation.json", lambda name: name.write_text(json.dumps(report, indent=1)))
+    truth = [result for result in results if "ciede2000" in result[1]["gray"]]
+    without = [result for result in results if "ciede2000" not in result[1]["gray"]]
+    for kind, group in (("in colour", truth), ("gray or toned", without)):
+        if group:
+            summaries = {name: summarize([scores[name] for _, scores in group]) for name in methods}
+            print_table(f"{len(group)} photographs {kind}, network at {size} px", summaries)
+            report[kind] = {"photographs": len(group), "summary": {
+                method: {name: {"mean": mean, "interval95": width}
+                         for name, (mean, width) in summary.items()}
+                for method, summary in summaries.items()}}
+    write_atomically(out / "evaluation.json",
+                     lambda name: name.write_text(json.dumps(report, indent=1)))
     write_csv(out / "scores.csv", [
         {"photograph": path, "method": method} | {name: round(x, 4) for name, x in scores.items()}
-        for path, by_method in results for method, scores in by_method.items()])
+        for path, by_method in truth + without for method, scores in by_method.items()])
+    draw_evaluation(out / "evaluation.png", truth or without, methods)
+    say(f"{out / 'evaluation.png'}: from best to worst by "
+        + ("CIEDE2000" if truth else "patchiness"), result=True)
+
+
+def scored_copy(path: Path) -> tuple[Image.Image, bool]:
+    """The photograph at a short side of at most SIDE, RGB; and whether its colours are a truth."""
+    image = read_photo(path).image
+    picture = working_copy(image, SIDE).convert("RGB")
+    if min(picture.size) < 32:
+        raise ColorizeError(f"{path}: under 32 pixels at the short side, too small to score")
+    return picture, tone_of(image) == "coloured"  # sepia is no truth
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
@@ -211,15 +263,25 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 
 def draw_evaluation(path: Path, results: list, methods: dict) -> None:
-    """Twelve photographs at fixed quantiles of the error: gray | each model | truth."""
-    names = [name for name in methods if name != "mean ab for each L"]
+    """Twelve photographs at fixed quantiles of the error: gray | each checkpoint | the file."""
+    names = [name for name in methods if name != MEAN_COLOR]
+
+    def error(scores):  # of one photograph and method
+        if "ciede2000" in scores:
+            return "dE", scores["ciede2000"]
+        return "patchiness", scores["even_change"] / max(scores["even_chroma"], 0.01)
+    # by the first checkpoint
+    ranked = sorted(results, key=lambda result: error(result[1][names[1]])[1])
     tiles, captions = [], []
-    for q in np.linspace(0, 1, min(12, len(results))):
-        source, scores = results[round(q * (len(results) - 1))]
-        picture = scored_copy(source)
+    for q in np.linspace(0, 1, min(12, len(ranked))):
+        source, scores = ranked[round(q * (len(ranked) - 1))]
+        picture, _ = scored_copy(source)
         tiles += [methods[name](picture) for name in names] + [picture]
-        captions += [f"{Path(name).stem}: dE {scores[name]['ciede2000']:.1f}" for name in names]
-        captions.append(source.name[:28])
+        # a folder tells best_model.tar from best_model.tar; 32 letters fill a tile of 200 pixels
+        captions += ["{}: {} {:.3g}".format("/".join(Path(name).with_suffix("").parts[-2:])[-17:],
+                                            *error(scores[name])) for name in names]
+        captions.append(printable(source.name)[:32])
+    # two photographs a row where they are narrow
     sheet = picture_sheet(tiles, (len(names) + 1) * (2 if len(names) < 3 else 1), captions, 200)
     write_atomically(path, lambda name: sheet.save(name, "PNG"))
 
@@ -238,7 +300,7 @@ def draw_preview(path: Path, lab, ab) -> None:
 CURVES = {  # a panel each: title, columns, logarithmic
     "loss": (["loss", "val_loss"], True),
     "PSNR, dB": (["psnr"], False),
-    "colourfulness over the truth's": (["colorfulness"], False),
+    "colourfulness over the truth's": (["color_ratio"], False),
     "learning rate": (["lr"], False),
     "discriminator": (["d_loss", "d_real", "d_fake"], False),
 }
@@ -296,3 +358,8 @@ def draw_panel(draw, left: int, top: int, width: int, height: int, title: str, c
         elif line:
             draw.circle(line[0], 3, color)
         draw.text((x1 - 6, y0 + 6 + 15 * i), name, color, font, "ra")
+
+
+if __name__ == "__main__":
+    say("type: python main.py evaluate --help")
+    raise SystemExit(2)

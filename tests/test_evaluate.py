@@ -6,6 +6,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -101,13 +103,58 @@ def test_a_summary_is_mean_and_95_percent_interval():
     summary = summarize(rows)
     assert summary["psnr"] == pytest.approx((np.mean(values), 1.96 * np.std(values, ddof=1) / 2))
     ratio = sum(r["colorfulness"] for r in rows) / sum(r["true_colorfulness"] for r in rows)
-    assert summary["ratio"][0] == pytest.approx(ratio) and summary["ratio"][1] > 0
+    assert summary["color_ratio"][0] == pytest.approx(ratio) and summary["color_ratio"][1] > 0
     assert summarize(rows[:1])["psnr"] == (values[0], 0.0)
+
+
+def flat(colors, short=240, wide=240) -> np.ndarray:
+    """Lab of vertical stripes of equal width, each of one ab, all of L 50."""
+    ab = np.repeat(np.array(colors, float), wide // len(colors), axis=0)
+    return np.concatenate([np.full((short, wide, 1), 50.0), np.tile(ab, (short, 1, 1))], axis=-1)
+
+
+def patchiness(lab) -> float:
+    change, chroma = evaluate.even_neighbors(lab)
+    return change / max(chroma, 1e-9)
+
+
+def test_patchiness_of_made_walls_is_the_one_computed_by_hand():
+    """24 x 24 places of 10 pixels make 2 * 24 * 23 pairs of neighbours."""
+    assert patchiness(flat([(30, 10)])) == 0
+    # half red, half green: 24 of the pairs lie across the border, 60 apart, chroma 30 everywhere
+    assert patchiness(flat([(30, 0), (-30, 0)])) == pytest.approx(24 * 60 / (2 * 24 * 23) / 30)
+    # a stripe a place: of 2 * 24 * 23 pairs those side by side differ, by twice the chroma
+    assert patchiness(flat([(0, 20), (0, -20)] * 12)) == pytest.approx(1.0)
+    # 48 places in a row of a picture twice as wide; two of 20 and two of 40, 90 degrees apart
+    lab = flat([(20, 0), (0, 40)], wide=480)
+    pairs = 24 * 47 + 48 * 23
+    chroma = (48 * 23 * 30 + 24 * (23 * 20 + 23 * 40 + 30)) / pairs
+    assert patchiness(lab) == pytest.approx(24 * math.hypot(20, 40) / pairs / chroma)
+
+
+@pytest.mark.parametrize("step, deviation, counts", [
+    (3.9, 0, True), (4.1, 0, False), (0, 5.5, True), (0, 6.5, False)])
+def test_only_even_places_of_like_lightness_are_neighbours(step, deviation, counts):
+    lab = flat([(30, 0), (-30, 0)] * 12)
+    lab[..., 0] += np.repeat([0, step] * 12, 10)                   # from place to place
+    lab[..., 0] += deviation * (-1.0) ** np.arange(240)[:, None]  # within each
+    side_by_side = 1.0  # of those one above the other none differs
+    assert patchiness(lab) == pytest.approx(
+        side_by_side if counts else 0, abs=1e-6)
+
+
+def test_patchiness_needs_no_truth_and_sees_no_blob_in_gray():
+    rows = [score(made, None) for made in (MADE, GRAY)]
+    assert set(rows[0]) == {"colorfulness", "even_change", "even_chroma"}
+    assert list(summarize(rows)) == ["colorfulness", "patchiness"]
+    assert summarize(rows[1:])["patchiness"][0] < 0.01 < summarize(rows[:1])["patchiness"][0]
+    own = summarize([score(TRUTH, TRUTH)])
+    assert own["patchiness"] == own["true_patchiness"]
 
 
 def test_a_prediction_that_is_always_the_truth_has_a_ratio_of_one_without_doubt():
     rows = [score(np.asarray(made_photo(i)), np.asarray(made_photo(i))) for i in range(3)]
-    assert summarize(rows)["ratio"] == pytest.approx((1.0, 0.0))
+    assert summarize(rows)["color_ratio"] == pytest.approx((1.0, 0.0))
 
 
 # ----------------------------------------------------------------------- evaluate, end to end
@@ -132,9 +179,9 @@ def test_the_table_has_a_column_a_method_and_a_row_a_score(report, checkpoints):
     assert lines[0].startswith("4 photographs")
     assert re.split("  +", lines[1].strip()) == [
         "gray", "mean ab for each L", str(checkpoints["bins"]), str(checkpoints["ab"])]
-    assert [line[:20].strip() for line in lines[2:10]] == [
+    assert [line[:20].strip() for line in lines[2:12]] == [
         heading for heading, _ in evaluate.SCORES.values()]
-    written = json.loads((report[0] / "evaluation.json").read_text())["summary"]
+    written = json.loads((report[0] / "evaluation.json").read_text())["in colour"]["summary"]
     expected = written[str(checkpoints["ab"])]["ciede2000"]
     assert lines[4].endswith("{mean:.2f} +-{interval95:.2f}".format(**expected))
 
@@ -142,16 +189,18 @@ def test_the_table_has_a_column_a_method_and_a_row_a_score(report, checkpoints):
 def test_json_and_csv_hold_every_score(report, checkpoints):
     out, _ = report
     written = json.loads((out / "evaluation.json").read_text())
-    assert written["photographs"] == 4 and written["settings"]["size"] == 64
+    assert written["in colour"]["photographs"] == 4 and written["settings"]["size"] == 64
+    assert written["gray or toned"]["photographs"] == 1
     assert set(written["checkpoints"]) == {str(path) for path in checkpoints.values()}
     rows = list(csv.DictReader(open(out / "scores.csv", newline="")))
-    assert len(rows) == 4 * 4
-    for method, summary in written["summary"].items():
-        values = [float(row["psnr"]) for row in rows if row["method"] == method]
+    assert len(rows) == 5 * 4
+    for method, summary in written["in colour"]["summary"].items():
+        values = [float(row["psnr"]) for row in rows if row["method"] == method and row["psnr"]]
         assert summary["psnr"]["mean"] == pytest.approx(np.mean(values), abs=1e-3)
     # gray has the truth's lightness; the mean colour of these checkpoints is gray
-    assert written["summary"]["gray"]["delta_L"]["mean"] < 0.2
-    assert written["summary"]["gray"] == written["summary"]["mean ab for each L"]
+    summary = written["in colour"]["summary"]
+    assert summary["gray"]["delta_L"]["mean"] < 0.2
+    assert summary["gray"] == summary["mean ab for each L"]
 
 
 def test_the_picture_has_the_stated_size(report):
@@ -171,7 +220,7 @@ def test_the_mean_colour_for_each_lightness_is_what_the_checkpoint_says():
 
 
 @pytest.mark.parametrize("flags, words", [
-    ({"size": 8}, "32..2048"), ({"saturation": 9.0}, "--saturation"),
+    ({"model": " ,"}, "--model"), ({"image": Path(__file__).parent}, "no photograph there"),
     ({"image": Path("missing")}, "missing"), ({"model": "missing.tar"}, "missing.tar")])
 def test_a_mistake_is_one_line(photos, checkpoints, tmp_path, flags, words):
     with pytest.raises(ColorizeError, match=words) as error:
@@ -180,10 +229,32 @@ def test_a_mistake_is_one_line(photos, checkpoints, tmp_path, flags, words):
     assert "\n" not in str(error.value) and files(tmp_path) == []
 
 
-def test_gray_photographs_alone_cannot_be_evaluated(checkpoints, tmp_path):
-    made_photo(0).convert("L").save(tmp_path / "a.png")
-    with pytest.raises(ColorizeError, match="no colour photograph"):
-        evaluate.evaluate(image=tmp_path, model=str(checkpoints["ab"]), out=tmp_path / "out")
+def test_of_gray_and_toned_photographs_what_needs_no_truth_is_scored(checkpoints, tmp_path, capsys):
+    gray = made_photo(0).convert("L")
+    gray.save(tmp_path / "a.png")
+    Image.merge("RGB", [gray, gray.point(lambda x: x * 0.9), gray.point(lambda x: x * 0.7)]).save(
+        tmp_path / "sepia.png")
+    evaluate.evaluate(image=tmp_path, model=str(checkpoints["ab"]), size=64, out=tmp_path / "out")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("2 photographs gray or toned, network at 64 px")
+    assert [line[:20].strip() for line in lines[2:4]] == ["colourfulness", "patchiness"]
+    assert lines[2].split()[1] == "0.0" and float(lines[2].split()[-2]) > 1  # gray; the checkpoint
+    assert (tmp_path / "out" / "evaluation.png").exists()
+
+
+def test_an_empty_name_scores_no_other_checkpoint(checkpoints, photos, tmp_path):
+    paths = sorted((photos / "val").rglob("*.png"))[:2]
+    evaluate.evaluate(image=list(map(str, paths)), model=f"{checkpoints['ab']},", size=64, out=tmp_path)
+    written = json.loads((tmp_path / "evaluation.json").read_text())
+    assert list(written["checkpoints"]) == [str(checkpoints["ab"])]
+    assert list(written["scores"]) == list(map(str, paths))
+
+
+def test_a_module_run_by_itself_says_what_to_type():
+    done = subprocess.run([sys.executable, "evaluate.py"], cwd=Path(evaluate.__file__).parent,
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "type: python main.py evaluate --help\n"
 
 
 # -------------------------------------------------------------------------- the data command
@@ -379,7 +450,7 @@ def test_an_archive_larger_than_the_disk_is_refused(tmp_path, monkeypatch):
 
 # ----------------------------------------------------------------------------------- curves
 
-ROW = {"loss": 0.5, "val_loss": 0.6, "psnr": 22.0, "colorfulness": 0.7, "lr": 1e-3}
+ROW = {"loss": 0.5, "val_loss": 0.6, "psnr": 22.0, "color_ratio": 0.7, "lr": 1e-3}
 
 
 @pytest.mark.parametrize("rows, panels", [
