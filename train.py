@@ -560,7 +560,8 @@ class Training:
         if not self.last_is_best:
             now = next((r for r in self.history if r.get("val_loss") == self.best), first)
         scores = [f"{name} {now[name]:.4g} ({first[name]:.4g} at the start)"
-                  for name in ("val_loss", "color_ratio") if name in now and name in first]
+                  for name in ("val_loss", "color_ratio")
+                  if math.isfinite(now.get(name, math.nan) + first.get(name, math.nan))]
         hint = "" if now["epoch"] else (": training did not help; try a lower --lr, "
                                         "--encoder_share 0 or more photographs")
         return ", ".join([f"{path}: epoch {now['epoch']}", *scores]) + hint
@@ -634,6 +635,8 @@ def fits(value, kind) -> bool:
     if get_origin(kind) is Literal:  # a choice
         return value in get_args(kind)
     kind = str if kind is Path else kind
+    if type(value) is int and not isinstance(value, kind):
+        value = float(value)  # 1 where 1.0 is meant
     return isinstance(value, kind) and not (isinstance(value, (int, float)) and value < 0)
 
 
