@@ -1,18 +1,24 @@
-"""Photographs: in and out of files, Lab and gamut, edges, picture sheets; errors and progress.
+"""Photographs in and out of files, Lab and gamut, edges, picture sheets; errors, progress.
 
-Units: L is 0..100, ab are CIE units, Lab is that of sRGB under D65 and the 2-degree observer.
+Units: L is 0..100, ab are CIE units, Lab is of sRGB under D65 and the 2-degree observer.
 """
 
 import contextlib
 import errno
 import hashlib
+import math
 import os
+import platform
 import stat
+import struct
 import sys
+import threading
 import time
 import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -20,22 +26,37 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from torch.nn import functional as F
 
 VERSION = "1.0"
-MIN_CHROMA = 2.0   # mean chroma under this: a gray photograph teaches gray
-MAX_MEGAPIXELS = 300
-GUIDE_EPSILON = 10.0      # of the guided filter: 1e-3 for L in 0..1
+MADE = "Colours added by colorize"  # how the description of a result begins
+MIN_CHROMA = 2.0      # mean chroma under this: a gray photograph teaches gray
+MAX_MEGAPIXELS = 300  # decoding RGBA takes up to 9 bytes a pixel: 2.7 GB
+MAX_SIDE = 65_500     # libjpeg's own bound; keeps rows short, and strips are whole rows
+MAX_PAGES = 500       # of a TIFF, whose tiny pages cost time, not pixels
+GUIDE_EPSILON = 10.0  # of the guided filter: 1e-3 for L in 0..1, here in squared units of L
 Image.init()
-FORMATS = [kind for kind in Image.ID  # of photographs; an EPS would be run by Ghostscript
-           if kind not in {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "FITS"}]
+Image.MAX_IMAGE_PIXELS = None  # check_sizes is the one bound
+# none of these opens another file inside itself, as IPTC does an EPS, which is a program
+FORMATS = "JPEG PNG TIFF WEBP AVIF GIF BMP PPM JPEG2000 TGA PSD".split()
+# photographs that are named where they are passed over; other files, such as notes, are not
+UNREADABLE = ".heic .heif .dng .nef .cr2 .cr3 .arw .orf .raf .rw2 .jxl .pdf .eps".split()
+# what is written, and the longest side that each can hold
+WRITABLE = {"PNG": 2**31, "TIFF": 2**31, "BMP": 2**31, "PPM": 2**31, "JPEG2000": 2**31,
+            "AVIF": 65_536, "TGA": 65_535, "JPEG": 65_500, "WEBP": 16_383}
 QUALITY = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True},
            "AVIF": {"quality": 95, "subsampling": "4:4:4"}}
+# bytes 24..36 are the time when a profile was made: fixed, so that results are reproducible
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+SRGB = SRGB[:24] + struct.pack(">6H", 2000, 1, 1, 0, 0, 0) + SRGB[36:]
+GRAY = SRGB.replace(b"RGB ", b"GRAY", 1).replace(b"rTRC", b"kTRC")  # its curve, one channel
 # what EXIF says of the photograph; the other tags tell how one file lays out its pixels
 KEPT_TAGS = {ExifTags.Base[name] for name in (
     "DocumentName", "ImageDescription", "Make", "Model", "DateTime", "Artist", "Copyright",
     "XResolution", "YResolution", "ResolutionUnit", "ExifOffset", "GPSInfo", "PageName")}
+TERMINAL = threading.Lock()  # lines and bars of all threads go out whole
+ASKING, MEGAPIXELS = threading.Lock(), threading.Semaphore(MAX_MEGAPIXELS)  # for room_for
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged metadata: the pixels matter
 
@@ -48,48 +69,77 @@ class FlagError(ColorizeError):
     """A flag's value that makes no sense, or flags that contradict each other."""
 
 
-def say(text: str) -> None:
-    """Progress and remarks go to standard error, results to standard output."""
-    print(text, file=sys.stderr, flush=True)
+def printable(text) -> str:
+    """A stranger's text as one line, all escaped that could steer a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode()
+                   for c in str(text))
+
+
+def say(text: str, result: bool = False) -> None:
+    """One line, from any thread: remarks to standard error, results to standard output."""
+    with TERMINAL:
+        if sys.stderr.isatty():  # a bar stands there; its next item draws it again
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stdout if result else sys.stderr, flush=True)
 
 
 def progress(items, total: int, label: str):
-    """Pass items through; redraw one line on a terminal, print one every 10 seconds elsewhere."""
+    """Pass items through; one line redrawn on a terminal, one in 10 seconds elsewhere."""
     terminal, start = sys.stderr.isatty(), time.monotonic()
-    last = start
+    drawn = start
     for done, item in enumerate(items, 1):
         yield item
-        now = time.monotonic()
-        if now - last >= (0.2 if terminal else 10) or (done == total and last > start):
-            last = now
-            print("\r\x1b[K" * terminal + f"{label}: {done}/{total} ({done / (now - start):.1f}/s)",
-                  end="" if terminal and done < total else "\n", file=sys.stderr, flush=True)
+        now, last = time.monotonic(), done == total
+        if now - drawn >= (0.2 if terminal else 10) or (last and drawn > start):
+            drawn = now
+            # of all so far: photographs differ too much for the latest few to tell
+            left = timedelta(seconds=round((now - start) / done * (total - done)))
+            with TERMINAL:
+                print("\r\x1b[K" * terminal + f"{label}: {done}/{total}, {left} left",
+                      end="\n" if last or not terminal else "", file=sys.stderr, flush=True)
 
 
 def ordered_map(function, items, workers: int, window: int = 64):
     """Like map, in threads, in order, with at most `window` results waiting to be taken."""
-    with ThreadPoolExecutor(max(workers, 1)) as pool:
-        waiting = deque()
+    pool, waiting = ThreadPoolExecutor(max(workers, 1)), deque()
+    try:
         for item in items:
             waiting.append(pool.submit(function, item))
             if len(waiting) >= window:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    finally:  # after an error or Ctrl-C, what has not begun does not begin
+        pool.shutdown(cancel_futures=True)
+
+
+@cache  # once a folder: listing it at every write would take long where there are many
+def clear_left_overs(folder: Path, start: str) -> None:
+    """Delete temporary files of killed processes of this machine; start: of their names."""
+    for path in folder.glob(f"{start}*.part") if os.name == "posix" else ():
+        with contextlib.suppress(OSError, ValueError):
+            try:
+                os.kill(int(path.name.split("-")[-2]), 0)  # signal 0 asks: does it run?
+            except ProcessLookupError:
+                path.unlink()
 
 
 def write_atomically(path: Path, write) -> None:
     """Call write(temporary path) and rename; on any failure nothing is left."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    start = f".colorize-{platform.node()}-"
+    clear_left_overs(path.parent, start)
+    # not the name itself, which may fill the 255 bytes that a name may have
+    short = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]
+    temporary = path.with_name(f"{start}{os.getpid()}-{short}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         os.replace(temporary, path)
-    except (OSError, ValueError) as error:
-        full = getattr(error, "errno", 0) == errno.ENOSPC
+    except (OSError, ValueError, struct.error) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         reason = "the disk is full" if full else getattr(error, "strerror", "") or error
-        raise ColorizeError(f"{path}: cannot be written ({reason}); "
-                            "free some space or name another place") from None
+        remedy = "free some space" if full else "name another place"
+        raise ColorizeError(f"{path}: cannot be written ({reason}); {remedy}") from None
     finally:
         with contextlib.suppress(OSError):  # also where its folder is none
             temporary.unlink()
@@ -117,8 +167,8 @@ def srgb_to_linear(rgb: np.ndarray) -> np.ndarray:
     if rgb.dtype in (np.uint8, np.uint16):  # a table: there are few values
         top = np.iinfo(rgb.dtype).max
         return srgb_to_linear(np.arange(top + 1, dtype=np.float64) / top)[rgb]
-    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((np.maximum(rgb, 0) + 0.055) / 1.055) ** 2.4)
-    return linear.astype(np.float32)
+    curved = ((np.maximum(rgb, 0) + 0.055) / 1.055) ** 2.4
+    return np.where(rgb <= 0.04045, rgb / 12.92, curved).astype(np.float32)
 
 
 def linear_to_srgb(linear: np.ndarray) -> np.ndarray:
@@ -138,14 +188,15 @@ def _lab_curve(t: np.ndarray) -> np.ndarray:
 
 
 def rgb_to_lab(rgb: np.ndarray) -> np.ndarray:
-    """sRGB (..., 3), uint8, uint16 or float in 0..1, to CIE Lab (..., 3) float32 (CIE 15:2004)."""
+    """sRGB (..., 3), uint8, uint16 or float in 0..1, to CIE Lab (..., 3) float32."""
     f = _lab_curve(srgb_to_linear(rgb) @ RGB_TO_XYZ.T / WHITE)
     x, y, z = f[..., 0], f[..., 1], f[..., 2]
-    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1).astype(np.float32)
+    lab = np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)  # CIE 15:2004
+    return lab.astype(np.float32)
 
 
 def gray_to_L(gray: np.ndarray) -> np.ndarray:
-    """L of gray sRGB values (uint8, uint16, or float in 0..1), any shape, float32 in 0..100."""
+    """L, float32 in 0..100, of gray sRGB (uint8, uint16, or float in 0..1), any shape."""
     return 116 * _lab_curve(srgb_to_linear(gray)) - 16
 
 
@@ -173,14 +224,15 @@ def in_gamut(L: np.ndarray, ab: np.ndarray) -> np.ndarray:
 
 
 def into_gamut(L: np.ndarray, ab: np.ndarray) -> np.ndarray:
-    """Lower the chroma of colours outside sRGB, at fixed L and hue, by bisection.
+    """Lower the chroma of colours outside sRGB, at fixed L (...) and hue; ab is (..., 2).
 
-    L is (...), ab (..., 2); returns ab (..., 2). Clipping RGB instead would change the lightness.
+    Clipping RGB instead would change the lightness.
     """
     outside = ~in_gamut(L, ab)
     L_out, ab_out = L[outside], ab[outside]
     share = np.zeros_like(L_out)
-    for bit in np.float32(0.5) ** np.arange(1, 13):  # 2^-12 of a chroma of 110 is 0.03 units
+    # bisection; 2^-12 of a chroma of 110 is 0.03 units
+    for bit in np.float32(0.5) ** np.arange(1, 13):
         share += bit * in_gamut(L_out, ab_out * (share + bit)[:, None])
     result = ab.copy()
     result[outside] = ab_out * share[:, None]
@@ -198,65 +250,172 @@ def spread_of(ab: np.ndarray) -> float:
     return float(np.sqrt(ab.reshape(-1, 2).var(axis=0, dtype=np.float64).sum()))
 
 
-# ------------------------------------------------------------------------------ in and out
+# -------------------------------------------------------------------------- a photograph in
 
 class Photo(NamedTuple):
     """One photograph (or page), upright and in sRGB."""
     image: Image.Image          # mode L, RGB or I;16 (16-bit gray)
     alpha: Image.Image | None   # mode L
-    info: dict                  # "exif" (Exif object), "dpi", "text": what is written back
-    pages: int                  # of the file
+    info: dict                  # "exif" (bytes), "dpi", "text": what is written back
     note: str                   # what a user should know of the reading, or ""
 
 
-def find_photos(folder: Path) -> list[Path]:
-    """Every photograph below a folder, sorted; hidden and other files are passed over."""
-    extensions = {extension for extension, kind in Image.EXTENSION.items() if kind in FORMATS}
-    found, seen = [], set()
-    for root, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(root)
-        if real in seen:  # links are followed, but a loop of them ends
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        paths = [Path(root, name) for name in names if not name.startswith(".")]
-        found += [path for path in paths if path.suffix.lower() in extensions
-                  and os.path.isfile(path)]  # no pipe, no link to nothing
-    return sorted(found)
+def survey(folder: Path) -> tuple[list[Path], dict[str, list[Path]]]:
+    """Every photograph below a folder, sorted; and by reason what was passed over.
 
-
-def read_photo(path: Path, page: int = 0, at_least: int | None = None,
-               max_megapixels: float = MAX_MEGAPIXELS) -> Photo:
-    """Read one photograph (or page of it): upright, sRGB, 16-bit gray kept, alpha set aside.
-
-    `at_least`: a JPEG may be decoded smaller, its sides no less than this. Raises ColorizeError.
+    Hidden files and those that are no photographs are passed over without a word.
     """
-    Image.MAX_IMAGE_PIXELS = max_megapixels * 1e6  # for what lies inside an icon, too
+    readable = {suffix for suffix, kind in Image.EXTENSION.items() if kind in FORMATS}
+    found, passed_over, waiting = [], {}, [Path(folder)]
+    top, seen = os.path.realpath(folder), set()
+
+    def pass_over(path, reason):
+        passed_over.setdefault(reason, []).append(path)
+    while waiting:  # not os.walk, which calls itself: 1,000 folders deep is too deep for it
+        here = waiting.pop(0)
+        try:
+            status = os.stat(here)
+            if (status.st_dev, status.st_ino) in seen:  # or a loop of links would not end
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            paths = [here / name for name in sorted(os.listdir(here)) if name[0] != "."]
+        except OSError as error:
+            pass_over(here, f"folder cannot be read: {error.strerror}")
+            continue
+        for path in paths:
+            real = os.path.realpath(path) if os.path.islink(path) else top
+            if os.path.commonpath([top, real]) != top:  # perhaps to all of the machine
+                pass_over(path, "link that leads out of the folder")
+            elif os.path.isdir(path):
+                waiting.append(path)
+            elif path.suffix.lower() in readable and os.path.isfile(path):  # no pipe
+                found.append(path)
+            elif path.suffix.lower() in UNREADABLE:
+                pass_over(path, "format that cannot be read")
+    return sorted(found), passed_over
+
+
+def find_photos(folder: Path) -> list[Path]:
+    """Every photograph below a folder, sorted."""
+    return survey(folder)[0]
+
+
+@contextlib.contextmanager
+def room_for(pixels: float):
+    """Wait until all threads together have at most MAX_MEGAPIXELS in hand. Not nested."""
+    share = min(math.ceil(pixels / 1e6), MAX_MEGAPIXELS)  # a larger one waits to be alone
+    with ASKING:  # one at a time: two with half of their share each would wait for ever
+        for _ in range(share):
+            MEGAPIXELS.acquire()
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise OSError(0, "not a file")
-        with Image.open(path, formats=FORMATS) as image:
-            pages = image.n_frames if image.format == "TIFF" else 1
-            image.seek(page)
-            if image.width * image.height > max_megapixels * 1e6:
-                raise Image.DecompressionBombError
-            if at_least:
-                image.draft(None, (at_least, at_least))
-            return decode_photo(image, pages)
-    except Image.DecompressionBombError:
-        raise ColorizeError(f"{path}: over the limit of {max_megapixels:g} megapixels; reduce it, "
-                            "or raise --max_megapixels") from None
+        yield
+    finally:
+        MEGAPIXELS.release(share)
+
+
+@contextlib.contextmanager
+def opened(path: Path):
+    """A file as a Pillow image; whatever goes wrong with it becomes a ColorizeError."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
+            raise OSError(0, "it is a pipe or a device")
+        # by path Pillow maps an uncompressed gray TIFF with its sides already turned
+        with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
+            yield image
+    except ColorizeError:
+        raise
     except Exception as error:  # Pillow's readers raise many kinds on hostile files
-        reason = getattr(error, "strerror", "") or f"{type(error).__name__}: {str(error)[:80]}"
-        raise ColorizeError(f"{path}: cannot be read as a photograph ({reason}); check the path, "
-                            "or export it again as PNG or JPEG") from None
+        raise ColorizeError(f"{path}: {what_is_wrong(path, error)}") from None
 
 
-def decode_photo(image: Image.Image, pages: int) -> Photo:
+def what_is_wrong(path: Path, error: Exception) -> str:
+    """Why a file cannot be read as a photograph, and the remedy."""
+    if isinstance(error, FileNotFoundError):
+        return "no such file; check the path"
+    if os.path.isdir(path):
+        return "it is a folder; name a photograph in it"
+    if getattr(error, "strerror", ""):  # of the system, not of Pillow
+        return f"cannot be read ({error.strerror}); check the path"
+    if isinstance(error, MemoryError):
+        return "not enough memory to decode it; reduce it first"
+    with open(path, "rb") as file:
+        start = file.read(512)
+    known = any(Image.OPEN[kind][1] and Image.OPEN[kind][1](start) for kind in FORMATS)
+    if not start:
+        reason = "it is empty"
+    elif "truncated" in str(error).lower():
+        reason = "it is cut off"
+    elif known:
+        reason = "it is damaged or cut off"
+    elif all(byte > 31 or byte in b"\t\n\r" for byte in start):
+        reason = "it is text, not a picture"
+    else:
+        reason = "its format is none of " + ", ".join(FORMATS)
+    return f"cannot be read ({reason}); copy it again, or export it as PNG or JPEG"
+
+
+def check_sizes(path: Path, sizes: list, max_megapixels: float) -> float:
+    """The pixels of all pages; ColorizeError for too many, before memory is taken."""
+    pixels, together = sum(w * h for w, h in sizes), f" with its {len(sizes)} pages"
+    if pixels > max_megapixels * 1e6:
+        raise ColorizeError(f"{path}: over the limit of {max_megapixels:g} megapixels"
+                            + together * (len(sizes) > 1)
+                            + "; reduce it, or raise --max_megapixels")
+    if max(map(max, sizes)) > MAX_SIDE or len(sizes) > MAX_PAGES:
+        raise ColorizeError(f"{path}: over {MAX_SIDE} pixels wide or high, or over "
+                            f"{MAX_PAGES} pages; cut it into pieces")
+    return pixels
+
+
+def read_photo(path: Path, at_least: int | None = None,
+               max_megapixels: float = MAX_MEGAPIXELS) -> Photo:
+    """Read one photograph, the first page of several: upright, sRGB, 16-bit gray kept.
+
+    `at_least`: it may be reduced, its sides no less than this. Raises ColorizeError.
+    """
+    with opened(path) as image, room_for(check_sizes(path, [image.size], max_megapixels)):
+        if at_least:
+            image.draft(None, (at_least, at_least))  # fast, in a JPEG's decoder
+        photo = decode_photo(image)
+        factor = min(photo.image.size) // at_least if at_least else 1
+        if factor > 1 and photo.image.mode != "I;16":  # outside room_for it should be small
+            photo = photo._replace(image=photo.image.reduce(factor), alpha=None)
+        return photo
+
+
+def read_pages(path: Path, max_megapixels: float = MAX_MEGAPIXELS) -> list[Photo]:
+    """Every page of a TIFF, the one photograph of another file, as read_photo reads it."""
+    with opened(path) as image:
+        sizes = [image.size]
+        with contextlib.suppress(EOFError):  # how Pillow says that there are no more
+            while image.format == "TIFF" and len(sizes) <= MAX_PAGES:
+                image.seek(len(sizes))
+                sizes.append(image.size)
+        with room_for(check_sizes(path, sizes, max_megapixels)):
+            photos = []
+            for page in range(len(sizes)):
+                if len(sizes) > 1:  # the one picture of a PSD is not its page 0
+                    image.seek(page)
+                photos.append(decode_photo(image))
+            return photos
+
+
+def decode_photo(image: Image.Image) -> Photo:
     """An opened image as Photo."""
     layout = str(image.tile[:1])  # how the decoder unpacks it; gone once it is loaded
+    deep = ";16" in layout.replace("BGR;16", "") or "65535" in layout
+    if image.format == "TIFF":
+        deep = max(image.tag_v2.get(ExifTags.Base.BitsPerSample, (8,))) > 8
+        order = ";16L" if image.tag_v2.prefix == b"II" else ";16B"
+        if deep and image.tile[0].codec_name == "raw" and image.tile[0].args[0] == "R":
+            # planes, whose 16 bits Pillow would take for two pixels of 8
+            image.tile = [tile._replace(args=(tile.args[0] + order, *tile.args[1:]))
+                          for tile in image.tile]
     image.load()
+    notes = []
+    animated = getattr(image, "is_animated", False)  # the layers of a PSD are no animation
+    if animated and image.format in ("GIF", "PNG", "WEBP", "AVIF"):
+        notes.append("only the first frame of an animation was read")
     dpi, profile = image.info.get("dpi"), image.info.get("icc_profile")
     text = {key: value for key, value in (getattr(image, "text", None) or {}).items()
             if not key.startswith(("XML:", "Raw profile"))}  # these repeat the orientation
@@ -267,58 +426,62 @@ def decode_photo(image: Image.Image, pages: int) -> Photo:
         image = image.convert("LA" if gray else "RGBA")
         image, alpha = image.convert("L" if gray else "RGB"), image.getchannel("A")
     image, note = to_srgb(image, profile)
-    if image.mode != "I;16" and (";16" in layout.replace("BGR;16", "") or "65535" in layout):
-        note = "; ".join(filter(None, ["16-bit colour was read as 8-bit", note]))
+    if deep and image.mode != "I;16":
+        notes.append("16-bit colour was read as 8-bit")
     info = {"exif": exif, "dpi": dpi if dpi and all(1 < x < 65536 for x in dpi) else None,
             "text": text}
-    return Photo(image, alpha, info, pages, note)
+    return Photo(image, alpha, info, "; ".join(filter(None, [*notes, note])))
 
 
-def upright(image: Image.Image) -> tuple[Image.Image, Image.Exif]:
-    """The image turned as its EXIF says, and of that what stays true of a coloured copy."""
+def upright(image: Image.Image) -> tuple[Image.Image, bytes]:
+    """A copy turned as its EXIF says, and of that what stays true of a coloured copy."""
     try:
         exif = image.getexif()
         image = ImageOps.exif_transpose(image)
         for tag in set(exif) - KEPT_TAGS:
             del exif[tag]
-        exif.tobytes()
-        return image, exif
+        words = str(exif.get(ExifTags.Base.ImageDescription))
+        # tifffile, OME and ImageJ write there for themselves how the pixels lie
+        if words.startswith(('{"', "<?xml", "ImageJ=")):
+            del exif[ExifTags.Base.ImageDescription]
+        return image, exif.tobytes()
     except Exception:  # a damaged block ends in many kinds; the pixels matter
-        return image, Image.Exif()
+        return image.copy(), b""
 
 
 def to_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, str]:
-    """The image as mode L, RGB or I;16 in sRGB, its ICC profile applied; and a note or ""."""
+    """The image as mode L, RGB or I;16 in sRGB by its ICC profile; and a note or ""."""
     mode = image.mode
     if mode in ("I", "F", "I;16B", "I;16L", "I;16N"):
         image = to_16_bit(image)
     elif mode not in ("L", "RGB", "CMYK", "LAB", "I;16"):
         image = image.convert("L" if mode == "1" else "RGB")
-    plain = image.convert("RGB") if mode == "CMYK" else image
     if mode == "LAB":  # its own profile is no other
         profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    plain = image.convert("RGB") if mode == "CMYK" else image
     if not profile:
         return plain, ""
-
-    def converted(image, **options):
-        return ImageCms.profileToProfile(image, BytesIO(profile), BytesIO(SRGB), outputMode="RGB",
-                                         **options)
     try:
-        if image.mode not in ("L", "I;16"):
-            return converted(image), ""
-        ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None])  # to find a curve
-        ramp = converted(ramp, flags=ImageCms.Flags.NOOPTIMIZE)  # which is coarse
-        curve = np.asarray(ramp)[0, :, 1]
-        if image.mode == "L":
-            return image.point(curve.tolist()), ""
-        table = np.interp(np.arange(65536) / 257, np.arange(256), curve * 257.0)
-        return Image.fromarray(np.rint(table).astype(np.uint16)[np.asarray(image)]), ""
+        if image.mode in ("L", "I;16"):
+            return through_gray_profile(image, profile), ""
+        return ImageCms.profileToProfile(
+            image, BytesIO(profile), BytesIO(SRGB), outputMode="RGB"), ""
     except (ImageCms.PyCMSError, OSError, ValueError):
         return plain, "its colour profile is damaged or does not fit and was not used"
 
 
+def through_gray_profile(image: Image.Image, profile: bytes) -> Image.Image:
+    """Mode L or I;16 to the curve of sRGB, by a table for all values."""
+    kind, levels = (np.uint8, 1 << 8) if image.mode == "L" else (np.uint16, 1 << 16)
+    ramp = Image.fromarray(np.arange(levels, dtype=kind).reshape(-1, 256))
+    table = ImageCms.profileToProfile(  # the optimized one is off by 4 % of the range
+        ramp, BytesIO(profile), BytesIO(GRAY), outputMode=image.mode,
+        flags=ImageCms.Flags.NOOPTIMIZE)
+    return Image.fromarray(np.asarray(table).ravel()[np.asarray(image)])
+
+
 def to_16_bit(image: Image.Image) -> Image.Image:
-    """Modes I;16B, I and F to I;16. I beyond 16 bits and F are scaled from their own range."""
+    """Modes I;16B, I, F to I;16; I beyond 16 bits and F are scaled from their own range."""
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
         values = np.nan_to_num(values.astype(np.float32), posinf=0, neginf=0)
@@ -326,44 +489,126 @@ def to_16_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(values.astype(np.uint16))
 
 
-def write_photo(path: Path, pages: list, photo: Photo, description: str = "") -> None:
-    """Write pages (RGB, RGBA; or one uint16 array for a TIFF) in the format of the extension."""
+def tone_of(image: Image.Image) -> str:
+    """Whether it is "gray", "toned" (in one hue: sepia, cyanotype) or "coloured"."""
+    small = np.asarray(working_copy(image, 128).convert("RGB"))
+    ab = rgb_to_lab(small)[..., 1:].reshape(-1, 2)
+    if np.linalg.norm(ab, axis=1).mean() < MIN_CHROMA:
+        return "gray"
+    hue = ab.mean(axis=0) / max(np.linalg.norm(ab.mean(axis=0)), 1e-6)
+    along = np.maximum(ab @ hue, 0)[:, None]  # on the ray from gray, not on its far side
+    off = np.linalg.norm(ab - along * hue, axis=1)
+    return "toned" if np.sqrt((off ** 2).mean()) < MIN_CHROMA else "coloured"
+
+
+# ------------------------------------------------------------------------- a photograph out
+
+def check_target(path: Path, size: tuple[int, int] = (1, 1)) -> str:
+    """The format for a picture of this size at path; ColorizeError before the work."""
     kind = Image.registered_extensions().get(path.suffix.lower())
-    if kind not in Image.SAVE or kind in ("GIF", "ICO", "ICNS"):  # few colours, small sizes
-        raise ColorizeError(f"{path}: '{path.suffix}' is no picture format that can be written; "
-                            "use .png, .jpg, .tif or .webp")
-    exif, dpi = photo.info["exif"], photo.info["dpi"]
+    if kind not in WRITABLE:
+        raise ColorizeError(f"{path}: '{path.suffix}' is no picture format that can be "
+                            "written; use .png, .jpg, .tif or .webp")
+    # the nearest that exists; the folders below it will be made
+    folder = next(p for p in path.absolute().parents if os.path.exists(p) or p == p.parent)
+    for wrong, reason in (
+            (max(size) > WRITABLE[kind], f"{kind} sides end at {WRITABLE[kind]} pixels"),
+            (len(os.fsencode(path.name)) > 255, "its name is over 255 bytes"),
+            (os.path.isdir(path), "it is a folder"),
+            (not os.path.isdir(folder), f"{folder} is no folder"),
+            (not os.access(folder, os.W_OK | os.X_OK), f"no permission in {folder}")):
+        if wrong:
+            raise ColorizeError(f"{path}: cannot be written ({reason}); name another place")
+    return kind
+
+
+def made_with(path: Path) -> str:
+    """What a result says of its making, from its header alone; "" for any other file."""
+    with contextlib.suppress(ColorizeError), opened(path) as image:
+        if image.format != "PNG" or "exif" in image.info:  # else Pillow would decode it all
+            exif = image.getexif()
+            if str(exif.get(ExifTags.Base.Software)).startswith("colorize "):
+                words = str(exif.get(ExifTags.Base.ImageDescription, "")).partition(MADE)
+                return "".join(words[1:]) or MADE
+    return ""
+
+
+def is_result(path: Path) -> bool:
+    """Whether a file says of itself that it was coloured here."""
+    return made_with(path) != ""
+
+
+def describe(photo: Photo, size: tuple, description: str) -> tuple[Image.Exif, dict]:
+    """EXIF and PNG texts: the photograph's own, the new size, and how it was made."""
+    def joined(old):
+        old = str(old or "").split(MADE)[0].rstrip("; ")  # of a result that is made again
+        return "; ".join(filter(None, [old, description]))
+    exif, text = Image.Exif(), photo.info["text"]
+    exif.load(photo.info["exif"])
     exif[ExifTags.Base.Software] = f"colorize {VERSION}"
-    exif[ExifTags.Base.ImageDescription] = "; ".join(
-        filter(None, [str(exif.get(ExifTags.Base.ImageDescription, "")), description]))
+    exif[ExifTags.Base.ImageDescription] = joined(exif.get(ExifTags.Base.ImageDescription))
+    inner = exif.get_ifd(ExifTags.IFD.Exif)
+    if ExifTags.Base.ExifImageWidth in inner:  # it may have been turned
+        inner[ExifTags.Base.ExifImageWidth], inner[ExifTags.Base.ExifImageHeight] = size
+    description = joined(text.get("Description"))
+    return exif, text | {"Software": f"colorize {VERSION}", "Description": description}
+
+
+def write_photo(path: Path, pages: list, photo: Photo, description: str = "") -> str:
+    """Write pages (RGB, RGBA; or one uint16 array as TIFF) in the extension's format.
+
+    Returns a remark on what could not be kept, or "".
+    """
+    first, lost = pages[0], []
+    deep = isinstance(first, np.ndarray)
+    size = first.shape[1::-1] if deep else first.size
+    kind = check_target(path, size)
+    exif, text = describe(photo, size, description)
+    if not deep and first.mode == "RGBA" and kind in ("JPEG", "BMP", "PPM"):
+        first = first.convert("RGB")
+        lost.append(f"transparency was left out, {kind} has none")
     options = {"icc_profile": SRGB} | QUALITY.get(kind, {})
     if kind == "TIFF" and len(pages) > 1:
         options |= {"save_all": True, "append_images": pages[1:]}
-    metadata = {"exif": exif} | ({"dpi": dpi} if dpi else {})
+    metadata = {"exif": exif}
+    if photo.info["dpi"]:
+        metadata["dpi"] = photo.info["dpi"]
     if kind == "PNG":
-        metadata["pnginfo"] = text = PngImagePlugin.PngInfo()
-        own = {"Software": exif[ExifTags.Base.Software], "Description": description}
-        for key, value in (photo.info["text"] | own).items():
-            text.add_itxt(key, str(value))
+        metadata["pnginfo"] = PngImagePlugin.PngInfo()
+        for key, value in text.items():
+            metadata["pnginfo"].add_itxt(key, str(value))
 
     def write(temporary):
-        first = pages[0]
-        if isinstance(first, np.ndarray):
-            import tifffile  # comes with scikit-image; Pillow writes no colour of 16 bits
-            texts = [(tag, "s", 0, value.encode("ascii", "replace"), True)
-                     for tag, value in exif.items() if isinstance(value, str)]
-            return tifffile.imwrite(
-                temporary, first, photometric="rgb", software=False, metadata=None, extratags=texts,
-                iccprofile=SRGB, resolution=tuple(map(float, dpi or (72, 72))),
-                resolutionunit="INCH")
-        if first.mode == "RGBA" and kind in ("JPEG", "BMP", "PPM"):
-            first = first.convert("RGB")  # these have no alpha
+        if deep:
+            return write_deep_tiff(temporary, first, exif, photo.info["dpi"] or (72, 72))
         try:
             first.save(temporary, format=kind, **options, **metadata)
-        except (ValueError, TypeError, KeyError, SystemError) as error:  # of old metadata
-            say(f"{path.name}: written without its old metadata ({error})")
-            first.save(temporary, format=kind, **options)
+        except (ValueError, TypeError, KeyError, SystemError, struct.error):
+            lost.append("its old metadata do not fit and were left out")
+            bare = photo._replace(info={"exif": b"", "text": {}})
+            first.save(temporary, format=kind, exif=describe(bare, size, description)[0],
+                       **options)
     write_atomically(path, write)
+    return "; ".join(lost)
+
+
+def write_deep_tiff(path: Path, pixels: np.ndarray, exif: Image.Exif, dpi: tuple) -> None:
+    """Write uint16 (H, W, 3) as TIFF, with all its EXIF, which Pillow cannot by itself."""
+    height, width, _ = pixels.shape
+    directory = ImageFileDirectory_v2()  # little-endian
+    for tag in exif:
+        directory[tag] = exif.get_ifd(tag) or exif[tag]
+    directory.tagtype[ExifTags.Base.InterColorProfile] = 7  # bytes without meaning to TIFF
+    for tag, value in {
+            "ImageWidth": width, "ImageLength": height, "BitsPerSample": (16, 16, 16),
+            "Compression": 1, "PhotometricInterpretation": 2, "SamplesPerPixel": 3,
+            "RowsPerStrip": height, "StripByteCounts": pixels.nbytes, "StripOffsets": 0,
+            "XResolution": float(dpi[0]), "YResolution": float(dpi[1]), "ResolutionUnit": 2,
+            "InterColorProfile": SRGB}.items():
+        directory[ExifTags.Base[tag]] = value
+    with open(path, "wb") as file:
+        directory.save(file)  # adds its own length to the offset
+        file.write(np.ascontiguousarray(pixels, "<u2").tobytes())
 
 
 # ------------------------------------------------------------------------- sizes and edges
@@ -377,7 +622,7 @@ def lightness(image: Image.Image) -> np.ndarray:
 def working_copy(image: Image.Image, size: int, enlarge: float = 1.0) -> Image.Image:
     """The photograph at a short side of `size`, the long one at most 4 times that.
 
-    Enlarged at most `enlarge` times. Long enough sides are multiples of 4, as the bins head likes.
+    Enlarged at most `enlarge` times. Long sides are multiples of 4, as the bins head likes.
     """
     scale = min(enlarge, size / min(image.size), 4 * size / max(image.size))
     sides = [max(round(side * scale), 1) for side in image.size]
@@ -390,7 +635,7 @@ def working_copy(image: Image.Image, size: int, enlarge: float = 1.0) -> Image.I
 
 
 def guide_slope(L: np.ndarray, ab: np.ndarray) -> np.ndarray:
-    """The guided filter's mean coefficient (h, w, 2), ab units for a unit of L; radius 1."""
+    """The guided filter's mean coefficient (h, w, 2), in ab units a unit of L; radius 1."""
     def mean(x):
         return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
     guide, colors = (torch.from_numpy(x).double() for x in (L[None], ab.transpose(2, 0, 1)))
@@ -404,14 +649,15 @@ def guided_upsampler(L_small: np.ndarray, ab: np.ndarray, width: int, height: in
 
     L_small is (h, w), ab (h, w, 2), at the network's resolution.
 
-    bicubic(ab) + a * (L - bicubic(L_small)), a the local regression of ab on L: the coefficient of
-    the guided filter (He and Sun 2015), radius 1.
+    bicubic(ab) + a * (L - bicubic(L_small)), a the local regression of ab on L: the
+    coefficient of the guided filter (He and Sun 2015), radius 1.
     """
     planes = np.dstack([L_small, ab, guide_slope(L_small, ab)]).transpose(2, 0, 1)
     planes = [Image.fromarray(np.ascontiguousarray(plane)) for plane in planes]
     scale = len(L_small) / height
 
-    def enlarge(L, top):  # L (rows, W), the photograph's from row `top` on, to ab (rows, W, 2)
+    def enlarge(L, top):
+        """L (rows, W), the photograph's from row `top` on, to ab (rows, W, 2)."""
         box = (0, top * scale, planes[0].width, (top + len(L)) * scale)
         L_up, a, b, slope_a, slope_b = (
             np.asarray(plane.resize((width, len(L)), Image.Resampling.BICUBIC, box=box))
@@ -425,10 +671,11 @@ def guided_upsampler(L_small: np.ndarray, ab: np.ndarray, width: int, height: in
 
 def picture_sheet(tiles: list, columns: int, captions: list[str] | None = None,
                   side: int = 256) -> Image.Image:
-    """Pictures (Pillow, or uint8 arrays) in a grid, fitted into side x side, captions below."""
+    """Pictures (Pillow, or uint8 arrays) in a grid, each side x side, captions below."""
     line, font = 16 if captions else 0, ImageFont.load_default(12)
     rows = -(-len(tiles) // columns)
-    sheet = Image.new("RGB", (columns * (side + 4) + 4, rows * (side + 4 + line) + 4), "white")
+    size = columns * (side + 4) + 4, rows * (side + 4 + line) + 4
+    sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     for i, tile in enumerate(tiles):
         if not isinstance(tile, Image.Image):

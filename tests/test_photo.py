@@ -1,0 +1,611 @@
+"""Photographs in and out, colour, the terminal; references: scikit-image, numpy, tifffile."""
+
+import errno
+import inspect
+import io
+import itertools
+import os
+import re
+import struct
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import (ExifTags, Image, ImageCms, ImageFile, ImageFilter, ImageOps, PngImagePlugin,
+                 TiffImagePlugin)
+from skimage import color
+
+import photo as photo_module
+from conftest import made_photo
+from photo import (FORMATS, ColorizeError, Photo, check_target, find_photos, gray_to_L, in_gamut,
+                   into_gamut, is_result, lab_to_rgb, made_with, ordered_map, printable,
+                   progress, read_pages, read_photo, rgb_to_lab, room_for, say, survey, tone_of,
+                   write_atomically, write_photo)
+
+# what Pillow says of damaged files; the project silences it, pytest brings it back
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL",
+                                        "ignore::PIL.Image.DecompressionBombWarning")
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+RAMP = np.linspace(0, 65535, 2000).reshape(40, 50)
+TAG = ExifTags.Base
+EMPTY = Photo(Image.new("L", (8, 2)), None, {"exif": b"", "dpi": None, "text": {}}, "")
+
+
+def noise(dtype, *shape) -> np.ndarray:
+    """Seeded samples over the whole range of an integer type."""
+    return np.random.default_rng(0).integers(0, np.iinfo(dtype).max, shape, dtype, endpoint=True)
+
+
+def smooth(mode="RGB", width=50, height=40) -> Image.Image:
+    """Smooth colours, so that lossy formats stay close."""
+    return made_photo(3, width, height).filter(ImageFilter.GaussianBlur(4)).convert(mode)
+
+
+def difference(image, expected, of=np.max) -> float:
+    return of(np.abs(np.asarray(image).astype(int) - np.asarray(expected)))
+
+
+@pytest.mark.parametrize("rgb", [
+    noise(np.uint8, 40, 50, 3), noise(np.uint16, 40, 50, 3), noise(np.uint8, 999, 3) / 255,
+    np.array(list(itertools.product([0, 1, 10, 11, 128, 254, 255], repeat=3)), np.uint8)])
+def test_lab_is_that_of_scikit_image_and_back(rgb):
+    top = np.iinfo(rgb.dtype).max if rgb.dtype.kind == "u" else 1
+    lab, gray = rgb_to_lab(rgb), np.repeat(rgb[..., :1], 3, axis=-1)
+    assert np.abs(lab - color.rgb2lab(rgb / top)).max() < 0.01
+    assert np.abs(gray_to_L(rgb[..., 0]) - color.rgb2lab(gray / top)[..., 0]).max() < 0.01
+    vivid = lab * np.float32([1, 1.2, 1.2])  # some of it outside the gamut
+    assert np.abs(lab_to_rgb(vivid) - color.lab2rgb(vivid.astype(float))).max() < 1e-4
+
+
+def linear(L, ab):
+    """Linear sRGB of Lab by the textbook, in float64: the reference for the gamut."""
+    fy = (L + 16) / 116
+    f = np.stack([fy + ab[..., 0] / 500, fy, fy - ab[..., 1] / 200], axis=-1)
+    xyz = np.where(f > 6 / 29, f ** 3, 3 * (6 / 29) ** 2 * (f - 4 / 29)) * [0.95047, 1, 1.08883]
+    return xyz @ np.linalg.inv(color.colorconv.xyz_from_rgb).T
+
+
+def test_colours_outside_the_gamut_keep_lightness_and_hue_and_land_on_its_edge():
+    random = np.random.default_rng(0)
+    L = random.uniform(2, 98, 2000).astype(np.float32)
+    ab = random.uniform(-110, 110, (2000, 2)).astype(np.float32)
+    result, outside = into_gamut(L, ab), ~in_gamut(L, ab)
+    assert 0.3 < outside.mean() < 1 and np.array_equal(result[~outside], ab[~outside])
+    assert (linear(L, result) > -3e-4).all() and (linear(L, result) < 1 + 3e-4).all()
+    scale = (result * ab).sum(axis=1) / (ab ** 2).sum(axis=1)
+    assert np.abs(result - scale[:, None] * ab).max() < 1e-3, "the hue has changed"
+    assert (scale[outside] < 1).all() and (scale > 0).all()
+    further = linear(L[outside], scale[outside, None] * 1.02 * ab[outside])  # the edge, no nearer
+    assert ((further < 0) | (further > 1)).any(axis=1).mean() > 0.98
+    rgb = lab_to_rgb(np.column_stack([L, result]))
+    assert np.abs(color.rgb2lab(rgb.astype(float))[:, 0] - L).max() < 0.1
+
+
+# ----------------------------------------------------------------------- photographs in and out
+
+@pytest.mark.parametrize("mode, name, options, becomes, tolerance", [
+    ("1", "x.tif", {"compression": "group4"}, "L", 0), ("L", "x.tif", {}, "L", 0),
+    ("LA", "x.tif", {}, "L", 0), ("P", "x.tif", {}, "RGB", 0), ("RGBA", "x.tif", {}, "RGB", 0),
+    ("CMYK", "x.tif", {}, "RGB", 0), ("YCbCr", "x.tif", {"compression": "tiff_lzw"}, "RGB", 2),
+    ("CMYK", "x.jpg", {"quality": 98, "subsampling": 0}, "RGB", 12),  # inverted, as Adobe does
+    ("RGB", "x.tif", {"compression": "tiff_lzw"}, "RGB", 0), ("RGB", "x.png", {}, "RGB", 0),
+    ("RGB", "x.jpg", {"quality": 98, "subsampling": 0}, "RGB", 8), ("RGB", "x.bmp", {}, "RGB", 0),
+    ("RGB", "x.ppm", {}, "RGB", 0), ("RGB", "x.tga", {}, "RGB", 0), ("RGB", "x.gif", {}, "RGB", 40),
+    ("RGB", "x.webp", {"lossless": True}, "RGB", 0), ("RGB", "x.jp2", {}, "RGB", 0),
+    ("RGB", "x.avif", {"quality": 98}, "RGB", 10)])
+def test_every_mode_and_format_is_read(tmp_path, mode, name, options, becomes, tolerance):
+    image = smooth().convert(mode)
+    image.save(tmp_path / name, **options)
+    photo = read_photo(tmp_path / name)
+    assert (photo.image.mode, photo.note) == (becomes, "")
+    assert difference(photo.image, image.convert(becomes)) <= tolerance
+
+
+@pytest.mark.parametrize("values, expected, options", [
+    (noise(np.uint16, 40, 50), noise(np.uint16, 40, 50), {"tile": (16, 16), "byteorder": ">"}),
+    ((RAMP / 2).astype(np.int32), RAMP / 2, {}), ((RAMP * 100).astype(np.int32), RAMP, {}),
+    (np.where(RAMP == 0, np.nan, RAMP * 15).astype(np.float32), RAMP, {}),
+    (noise(np.uint16, 40, 50, 3), noise(np.uint16, 40, 50, 3) / 257, {"photometric": "rgb"}),
+    (noise(np.uint16, 3, 40, 50), noise(np.uint16, 3, 40, 50).transpose(1, 2, 0) / 257,
+     {"photometric": "rgb", "planarconfig": "separate"})])
+def test_16_bits_of_gray_are_kept_and_of_colour_noted(tmp_path, values, expected, options):
+    tifffile.imwrite(tmp_path / "x.tif", values, **options)
+    photo, colour = read_photo(tmp_path / "x.tif"), values.ndim == 3
+    assert photo.image.mode == ("RGB" if colour else "I;16")
+    assert ("16-bit" in photo.note) == colour
+    assert difference(photo.image, expected) <= (options == {} or colour)
+
+
+# Image.Transpose: what turns the stored picture upright
+TURNS = list(enumerate([None, 0, 3, 1, 5, 4, 6, 2], 1))
+
+
+@pytest.mark.parametrize("orientation, turn", TURNS)
+@pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.tif", "xmp.png"])
+def test_the_orientation_is_applied_once(tmp_path, name, orientation, turn):
+    expected = smooth() if turn is None else smooth().transpose(Image.Transpose(turn))
+    exif, info = Image.Exif(), PngImagePlugin.PngInfo()
+    exif[TAG.Orientation] = orientation
+    inner = exif.get_ifd(ExifTags.IFD.Exif)
+    inner[TAG.ExifImageWidth], inner[TAG.ExifImageHeight] = 50, 40
+    info.add_itxt("XML:com.adobe.xmp", f'<x tiff:Orientation="{orientation}"/>')
+    options = {"pnginfo": info} if name == "xmp.png" else {"exif": exif.tobytes()}
+    smooth().save(tmp_path / name, **options)
+    photo = read_photo(tmp_path / name)
+    write_photo(tmp_path / f"out_{name}", [photo.image], photo)
+    for image in (photo.image, read_photo(tmp_path / f"out_{name}").image):
+        assert image.size == expected.size and difference(image, expected, np.mean) < 5
+    if name in ("x.jpg", "x.png"):
+        inner = Image.open(tmp_path / f"out_{name}").getexif().get_ifd(ExifTags.IFD.Exif)
+        assert (inner[TAG.ExifImageWidth], inner[TAG.ExifImageHeight]) == expected.size
+
+
+@pytest.mark.parametrize("orientation, turn", TURNS)
+@pytest.mark.parametrize("mode", ["L", "I;16", "RGB"])
+def test_tiffs_of_scanners_are_turned_upright_whatever_their_packing(
+        tmp_path, mode, orientation, turn):
+    image = Image.fromarray(RAMP.astype(np.uint16)) if mode == "I;16" else smooth(mode)
+    expected = image if turn is None else image.transpose(Image.Transpose(turn))
+    exif = Image.Exif()
+    exif[TAG.Orientation] = orientation
+    for packing in (None, "tiff_lzw"):
+        image.save(tmp_path / "x.tif", exif=exif, compression=packing)
+        photo = read_photo(tmp_path / "x.tif")
+        assert photo.image.mode == mode and photo.image.size == expected.size
+        assert difference(photo.image, expected) == 0
+
+
+def gamma_profile(gamma: float, space: bytes) -> bytes:
+    """The ICC profile of sRGB with one gamma for its curve; of GRAY, or RGB."""
+    curve, start = b"para" + bytes(8) + struct.pack(">i", round(gamma * 65536)), SRGB.index(b"para")
+    icc = SRGB[:start] + curve + SRGB[start + len(curve):]
+    return icc.replace(b"RGB ", space, 1).replace(b"rTRC", b"kTRC" if space == b"GRAY" else b"rTRC")
+
+
+@pytest.mark.parametrize("mode, space, tolerance", [("L", b"GRAY", 1.01), ("I;16", b"GRAY", 1.01),
+                                                    ("RGB", b"RGB ", 3)])
+@pytest.mark.parametrize("gamma", [1.0, 1.8, 2.2])
+def test_colour_profiles_are_converted_to_srgb(tmp_path, mode, space, tolerance, gamma):
+    image = Image.fromarray(RAMP.astype(np.uint16)) if mode == "I;16" else smooth(mode)
+    image.save(tmp_path / "x.tif", icc_profile=gamma_profile(gamma, space))
+    photo, top = read_photo(tmp_path / "x.tif"), 65535 if mode == "I;16" else 255
+    light = (np.asarray(image) / top) ** gamma
+    expected = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    assert (photo.image.mode, photo.note) == (mode, "")
+    assert difference(photo.image, expected * top) <= tolerance
+
+
+@pytest.mark.parametrize("name", ["y.png", "y.jpg", "y.tif", "y.webp", "y.avif"])
+@pytest.mark.parametrize("source", ["x.png", "x.jpg", "x.tif", "x.webp"])
+def test_metadata_and_alpha_go_from_any_format_to_any_other(tmp_path, source, name):
+    image, alpha = smooth("RGBA"), noise(np.uint8, 40, 50)
+    image.putalpha(Image.fromarray(alpha))
+    exif, text = Image.Exif(), PngImagePlugin.PngInfo()
+    exif[ExifTags.Base.Artist], exif[ExifTags.Base.DateTime] = "A. Person", "1931:05:04 10:00:00"
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.ISOSpeedRatings] = 400
+    smooth().save(tmp_path / "camera.jpg", exif=exif)
+    text.add_itxt("Title", "写真 фото")
+    image.convert("RGB" if source == "x.jpg" else "RGBA").save(
+        tmp_path / source, exif=Image.open(tmp_path / "camera.jpg").getexif(), dpi=(300, 300),
+        pnginfo=text, lossless=True)
+    photo = read_photo(tmp_path / source)
+    assert source == "x.jpg" or difference(photo.alpha, alpha) == 0
+    write_photo(tmp_path / name, [image], photo, "Colours by a test")
+    written = Image.open(tmp_path / name)
+    written.load()
+    exif = written.getexif()
+    assert [exif[ExifTags.Base[tag]] for tag in ("Artist", "DateTime", "ImageDescription")] \
+        == ["A. Person", "1931:05:04 10:00:00", "Colours by a test"]
+    assert exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.ISOSpeedRatings] == 400
+    assert "sRGB" in ImageCms.getProfileName(io.BytesIO(written.info["icc_profile"]))
+    if name in ("y.png", "y.tif", "y.webp"):  # AVIF is lossy, JPEG has no alpha
+        assert difference(written.getchannel("A"), alpha) == 0
+    if source != "x.webp" and name in ("y.png", "y.jpg", "y.tif"):  # the others hold no DPI
+        assert [round(x) for x in written.info["dpi"]] == [300, 300]
+    assert (source, name) != ("x.png", "y.png") or written.text["Title"] == "写真 фото"
+
+
+@pytest.mark.parametrize("place", ["y.txt", "y", "y.psd", "y.gif", "file.png/y.png", "folder.png",
+                                   "y.webp", "x" * 300 + ".png"])
+def test_a_place_that_cannot_be_written_is_named_and_nothing_is_left(tmp_path, place):
+    (tmp_path / "file.png").write_bytes(b"precious")
+    (tmp_path / "folder.png").mkdir()
+    wide = Image.new("RGB", (17000 if place == "y.webp" else 8, 2))  # too wide for a WebP
+    with pytest.raises(ColorizeError, match=f"{place}: .*(no picture format|cannot be written)"):
+        write_photo(tmp_path / place, [wide], EMPTY)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.png", "folder.png"]
+    assert (tmp_path / "file.png").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("damage", [
+    {"exif": b"Exif\0\0garbage......."}, {"exif": b"Exif\0\0II*\0\x08\0\0\0\xff\xff\1"},
+    {"dpi": (1e7, 1e7)}, {"icc_profile": b"nonsense"}, {"icc_profile": gamma_profile(2, b"GRAY")}])
+def test_damaged_metadata_cost_nothing_but_themselves(tmp_path, damage):
+    smooth().save(tmp_path / "x.png", **damage)
+    photo = read_photo(tmp_path / "x.png")
+    assert difference(photo.image, smooth()) == 0 and photo.info["dpi"] is None
+    assert ("profile" in photo.note) == ("icc_profile" in damage)
+    if "dpi" in damage:  # more than a JPEG can hold
+        exif = Image.Exif()
+        exif[TAG.Copyright] = "x" * 70000
+        photo = photo._replace(info={"exif": exif.tobytes(), "dpi": None, "text": {}})
+    lost = write_photo(tmp_path / "y.jpg", [photo.image], photo)
+    assert ("metadata" in lost) == ("dpi" in damage) and is_result(tmp_path / "y.jpg")
+    smooth().save(tmp_path / "expected.jpg", quality=95, subsampling=0)
+    assert difference(Image.open(tmp_path / "y.jpg"), Image.open(tmp_path / "expected.jpg")) == 0
+
+
+def test_a_mutated_file_is_read_or_refused(tmp_path):
+    """COLORIZE_FUZZ=2000 for a longer run."""
+    names, outcomes = ["L.png", "P.png", "RGB.jpg", "L.tif", "RGB.webp", "RGB.bmp", "P.gif"], []
+    for name in names:
+        smooth(name.split(".")[0]).save(tmp_path / name)
+    for seed in range(int(os.environ.get("COLORIZE_FUZZ", 100))):
+        random = np.random.default_rng(seed)
+        data = bytearray((tmp_path / names[seed % len(names)]).read_bytes())
+        for place in random.integers(0, len(data), random.integers(1, 12)):
+            data[place] = random.integers(256)
+        if random.uniform() < 0.3:
+            del data[random.integers(len(data)):]
+        (tmp_path / "x.png").write_bytes(data)
+        try:
+            photo = read_photo(tmp_path / "x.png")
+            assert photo.image.mode in ("L", "RGB", "I;16") and photo.image.width > 0, seed
+            write_photo(tmp_path / "y.png", [photo.image.convert("RGB")], photo)
+            outcomes.append(True)
+        except ColorizeError as error:
+            assert "\n" not in str(error), seed
+            outcomes.append(False)
+    assert 0.1 < np.mean(outcomes) < 0.9, "the mutations test nothing"
+
+
+NO_PHOTOGRAPH = {
+    "truncated": (lambda path: [smooth("RGB", 400, 300).save(path, "JPEG"),
+                                os.truncate(path, 2000)], "it is cut off"),
+    "cut in its header": (lambda path: [smooth().save(path, "PNG"), os.truncate(path, 20)],
+                          "it is cut off"),
+    "text": (lambda path: path.write_text("no photograph\n" * 100), "it is text, not a picture"),
+    "noise": (lambda path: path.write_bytes(noise(np.uint8, 999).tobytes()), "none of JPEG"),
+    "postscript": (lambda path: path.write_text(  # Pillow would run Ghostscript on it
+        "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"), "it is text"),
+    "container of postscript": (lambda path: path.write_bytes(
+        b"\x1c\x03\x3c\x00\x02\x02\x01" b"\x1c\x03\x14\x00\x01\x09"
+        b"\x1c\x08\x0a\x00\x30%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
+        "none of JPEG"),
+    "link to nothing": (lambda path: path.symlink_to("nothing"), "no such file"),
+    "link to itself": (lambda path: path.symlink_to(path), "symbolic links"),
+    "device": (lambda path: path.symlink_to("/dev/zero"), "pipe or a device"),
+    "empty": (Path.touch, "it is empty"), "folder": (Path.mkdir, "it is a folder"),
+    "pipe": (os.mkfifo, "pipe or a device"), "absent": (Path.exists, "no such file")}
+
+
+@pytest.mark.parametrize("kind", NO_PHOTOGRAPH)
+def test_what_is_no_photograph_is_told_in_a_users_words(tmp_path, kind):
+    make, words = NO_PHOTOGRAPH[kind]
+    path = tmp_path / "x.jpg"
+    make(path)
+    for read in (read_photo, read_pages):
+        with pytest.raises(ColorizeError, match=rf"^{path}: .*{words}.*; .*\Z") as error:
+            read(path)
+        assert "Error" not in str(error.value) and "0x" not in str(error.value)
+    assert not is_result(path)
+
+
+def test_only_formats_that_contain_no_others_are_opened():
+    inner = {"IPTC", "EPS", "WMF", "ICO", "ICNS", "FITS", "HDF5", "BUFR", "GRIB", "MPEG"}
+    assert not inner & set(FORMATS)
+
+
+# ------------------------------------------------------------------------- bounds
+
+def test_more_megapixels_than_allowed_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
+    big = Image.new("1", (2000, 1000))
+    Image.new("1", (8, 1)).save(tmp_path / "x.tif", save_all=True, append_images=[big])
+    big.save(tmp_path / "x.png")
+    Image.new("L", (65_501, 1)).save(tmp_path / "wide.png")
+    assert read_photo(tmp_path / "x.tif", max_megapixels=1).image.size == (8, 1)
+    assert read_photo(tmp_path / "x.png", max_megapixels=2).image.size == (2000, 1000)
+    monkeypatch.setattr(Image.Image, "load", None)
+    with pytest.raises(ColorizeError, match="1.9 megapixels; .*--max_megapixels"):
+        read_photo(tmp_path / "x.png", max_megapixels=1.9)
+    with pytest.raises(ColorizeError, match="1.9 megapixels with its 2 pages"):
+        read_pages(tmp_path / "x.tif", max_megapixels=1.9)
+    with pytest.raises(ColorizeError, match="65500 pixels wide or high"):
+        read_photo(tmp_path / "wide.png")
+
+
+def test_every_page_of_a_tiff_is_read_and_one_of_any_other_file(tmp_path):
+    pages = [smooth("L", 40, 30), smooth("RGB", 50, 40), smooth("RGB", 50, 40).rotate(180),
+             smooth("RGBA", 20, 20), Image.fromarray(RAMP.astype(np.uint16)), smooth("1", 40, 30)]
+    for packing in (None, "tiff_lzw"):
+        pages[0].save(tmp_path / "x.tif", save_all=True, append_images=pages[1:],
+                      compression=packing)
+        photos = read_pages(tmp_path / "x.tif")
+        assert [p.image.mode for p in photos] == ["L", "RGB", "RGB", "RGB", "I;16", "L"]
+        for photo, page in zip(photos, pages):
+            assert difference(photo.image, page.convert(photo.image.mode)) == 0
+        assert difference(read_photo(tmp_path / "x.tif").image, pages[0]) == 0
+    pages[1].save(tmp_path / "x.gif", save_all=True, append_images=[pages[2]])
+    assert [p.note for p in read_pages(tmp_path / "x.gif")] == [
+        "only the first frame of an animation was read"]
+
+
+def test_a_tiff_of_too_many_pages_is_refused_without_looking_at_all(tmp_path, monkeypatch):
+    page, seeks, seek = Image.new("L", (8, 8)), [], TiffImagePlugin.TiffImageFile.seek
+    page.save(tmp_path / "x.tif", save_all=True, append_images=[page] * 40)
+    assert len(read_pages(tmp_path / "x.tif")) == 41
+    monkeypatch.setattr(photo_module, "MAX_PAGES", 20)
+    monkeypatch.setattr(TiffImagePlugin.TiffImageFile, "seek",
+                        lambda self, n: seeks.append(n) or seek(self, n))
+    with pytest.raises(ColorizeError, match="over 20 pages"):
+        read_pages(tmp_path / "x.tif")
+    assert max(seeks) == 20
+
+
+def test_threads_together_decode_no_more_than_the_budget_and_all_get_their_turn(monkeypatch):
+    inside, most, lock = [0], [0], threading.Lock()
+
+    def decode(pixels):
+        with room_for(pixels * 1e6):
+            with lock:
+                inside[0] += min(pixels, 300)
+                most[0] = max(most[0], inside[0])
+            time.sleep(0.002)
+            with lock:
+                inside[0] -= min(pixels, 300)
+        return pixels
+    sizes = [298, 10, 150, 150, 1000, 5, 0.1] * 6
+    assert list(ordered_map(decode, sizes, 8)) == sizes
+    assert 150 < most[0] <= 300
+    with pytest.raises(KeyError), room_for(2e8):
+        raise KeyError
+    assert decode(300) == 300  # what failed has given its room back
+
+
+def test_a_photograph_for_training_is_reduced_while_it_is_read(tmp_path):
+    smooth("RGB", 700, 500).save(tmp_path / "x.png")
+    assert read_photo(tmp_path / "x.png", at_least=120).image.size == (175, 125)
+    assert read_photo(tmp_path / "x.png", at_least=300).image.size == (700, 500)
+
+
+# ------------------------------------------------------------------------- folders
+
+def test_photographs_are_found_once_at_any_depth_in_any_case_and_script(tmp_path):
+    names = ["b.JPG", "a.png", "deep/er/c.TiFf", "写真/сад é.webp", "with space/d.jpeg"]
+    others = ["notes.txt", "h.svg", "noextension", ".hidden.png", ".folder/i.png", "movie.mpg"]
+    for name in names + others:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    for link, target in (("broken.png", "nothing"), ("linked.png", "a.png"),
+                         ("deep/up", tmp_path), ("z", tmp_path / "deep"), ("own.png", "own.png")):
+        (tmp_path / link).symlink_to(target)
+    found, passed_over = survey(tmp_path)
+    assert found == sorted(tmp_path / name for name in [*names, "linked.png"])
+    assert passed_over == {} and find_photos(tmp_path) == found
+
+
+def test_what_is_passed_over_is_told(tmp_path, monkeypatch):
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    for path in (inside / "a.png", inside / "b.HEIC", inside / "c" / "d.nef", outside / "e.png"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (inside / "link.png").symlink_to(outside / "e.png")
+    (inside / "folder").symlink_to(outside)
+    (inside / "locked").mkdir()
+    listdir = os.listdir
+
+    def refusing(path):
+        if Path(path).name == "locked":  # tests may run as root, whom nothing refuses
+            raise PermissionError(13, "Permission denied", str(path))
+        return listdir(path)
+    monkeypatch.setattr(os, "listdir", refusing)
+    found, passed_over = survey(inside)
+    assert found == [inside / "a.png"]
+    assert {reason: sorted(paths) for reason, paths in passed_over.items()} == {
+        "format that cannot be read": [inside / "b.HEIC", inside / "c" / "d.nef"],
+        "link that leads out of the folder": [inside / "folder", inside / "link.png"],
+        "folder cannot be read: Permission denied": [inside / "locked"]}
+    (tmp_path / "door").symlink_to(inside)  # what the user names is what the user means
+    assert find_photos(tmp_path / "door") == [tmp_path / "door" / "a.png"]
+
+
+def test_folders_deeper_than_python_calls_itself_are_read(tmp_path):
+    (tmp_path / "/".join("a" * 120)).mkdir(parents=True)
+    (tmp_path / "/".join("a" * 120) / "x.png").touch()
+    limit = sys.getrecursionlimit()
+    try:
+        sys.setrecursionlimit(len(inspect.stack()) + 90)
+        found = find_photos(tmp_path)
+    finally:
+        sys.setrecursionlimit(limit)
+    assert [path.name for path in found] == ["x.png"]
+
+
+# ------------------------------------------------------------------------- results
+
+@pytest.mark.parametrize("name", ["y.png", "y.jpg", "y.tif", "y.webp", "y.avif", "deep.tif"])
+def test_a_result_says_so_in_its_header_and_is_the_same_bytes_again(tmp_path, monkeypatch, name):
+    smooth().save(tmp_path / name)
+    assert not is_result(tmp_path / name)
+    photo = read_photo(tmp_path / name)
+    before = repr(photo.info)
+    image = noise(np.uint16, 40, 50, 3) if name == "deep.tif" else smooth()
+    made = f"{photo_module.MADE} 1.0, size 256"
+    write_photo(tmp_path / name, [image], photo, made)
+    first = (tmp_path / name).read_bytes()
+    write_photo(tmp_path / name, [image], photo, made)
+    assert (tmp_path / name).read_bytes() == first and repr(photo.info) == before
+    again = read_photo(tmp_path / name)  # a result that is coloured again
+    write_photo(tmp_path / name, [image], again, made.replace("256", "512"))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)
+    assert made_with(tmp_path / name) == made.replace("256", "512")
+
+
+def test_the_profile_in_a_result_does_not_hold_the_time():
+    assert struct.unpack(">6H", photo_module.SRGB[24:36]) == (2000, 1, 1, 0, 0, 0)
+    assert photo_module.SRGB[36:] == SRGB[36:]
+
+
+def test_what_programs_wrote_for_themselves_is_not_kept_and_what_people_wrote_is(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", RAMP.astype(np.uint16))  # {"shape": [40, 50]}
+    photo = read_photo(tmp_path / "a.tif")
+    pixels = noise(np.uint16, 40, 50, 3)
+    write_photo(tmp_path / "b.tif", [pixels], photo, "ours")
+    assert np.array_equal(tifffile.imread(tmp_path / "b.tif"), pixels)
+    assert Image.open(tmp_path / "b.tif").getexif()[TAG.ImageDescription] == "ours"
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("Description", "Großmutter, 1931")
+    smooth().save(tmp_path / "c.png", pnginfo=info)
+    write_photo(tmp_path / "d.png", [smooth()], read_photo(tmp_path / "c.png"), "ours")
+    assert Image.open(tmp_path / "d.png").text["Description"] == "Großmutter, 1931; ours"
+
+
+def test_16_bit_results_keep_every_directory_of_the_exif(tmp_path):
+    exif = Image.Exif()
+    exif[TAG.Artist] = "A. Person"
+    exif.get_ifd(ExifTags.IFD.Exif)[TAG.ISOSpeedRatings] = 400
+    exif.get_ifd(ExifTags.IFD.GPSInfo)[ExifTags.GPS.GPSLatitudeRef] = "N"
+    photo = EMPTY._replace(info={"exif": exif.tobytes(), "dpi": (300, 240), "text": {}})
+    pixels = noise(np.uint16, 40, 50, 3)
+    write_photo(tmp_path / "x.tif", [pixels], photo, "ours")
+    with tifffile.TiffFile(tmp_path / "x.tif") as file:
+        tags = {tag.name: tag.value for tag in file.pages[0].tags}
+        assert np.array_equal(file.asarray(), pixels)
+    assert tags["Artist"] == "A. Person" and tags["ImageDescription"] == "ours"
+    assert tags["ExifTag"]["ISOSpeedRatings"] == 400 and tags["GPSTag"]["GPSLatitudeRef"] == "N"
+    assert (tags["XResolution"], tags["YResolution"]) == ((300, 1), (240, 1))
+    assert tags["InterColorProfile"] == photo_module.SRGB
+
+
+def test_transparency_that_a_format_cannot_hold_is_told(tmp_path):
+    for name in ("x.jpg", "x.bmp", "x.ppm", "x.png", "x.tif", "x.webp"):
+        lost = write_photo(tmp_path / name, [smooth("RGBA")], EMPTY)
+        assert ("transparency" in lost) == (name in ("x.jpg", "x.bmp", "x.ppm"))
+
+
+@pytest.mark.parametrize("place, size, words", [
+    ("x.gif", (1, 1), "no picture format"), ("x.webp", (16384, 2), "16383"),
+    ("x.jpg", (2, 131_000), "65500"), ("y" * 252 + ".png", (1, 1), "255 bytes"),
+    ("é" * 126 + ".png", (1, 1), "255 bytes"), ("taken.png", (1, 1), "it is a folder"),
+    ("file/x.png", (1, 1), "file is no folder"), ("file/deeper/x.png", (1, 1), "is no folder")])
+def test_what_cannot_be_written_is_said_before_the_work(tmp_path, place, size, words):
+    (tmp_path / "taken.png").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(ColorizeError, match=f"{place}: .*{words}") as error:
+        check_target(tmp_path / place, size)
+    assert "space" not in str(error.value)
+    for good in ("x.png", "new/folder/x.tif", "y" * 251 + ".png"):
+        assert check_target(tmp_path / good, (16384, 2)) in ("PNG", "TIFF")
+    write_photo(tmp_path / ("y" * 251 + ".png"), [smooth()], EMPTY)
+
+
+# --------------------------------------------------------------------- gray, toned, coloured
+
+def test_sepia_and_cyanotype_are_toned_and_real_colours_are_not():
+    gray = smooth("L", 300, 200)
+    toned = [ImageOps.colorize(gray, *colors) for colors in (
+        ("#201408", "#f0e0c0"), ("#0a2540", "#f4f8ff"), ("#2a1a08", "#fff8e8"))]
+    for image in toned:
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=75)  # whose blocks vary a little
+        assert tone_of(Image.open(file)) == "toned"
+    assert tone_of(gray) == tone_of(gray.convert("RGB")) == "gray"
+    assert tone_of(Image.fromarray(RAMP.astype(np.uint16))) == "gray"
+    samples = find_photos(Path(__file__).parent.parent / "data" / "input" / "val")
+    assert [tone_of(read_photo(path).image) for path in samples] == ["coloured"] * len(samples)
+
+
+# ------------------------------------------------------------------------- the terminal
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def shown(text: str) -> list[str]:
+    """The lines that a terminal shows of what was written to it."""
+    return [re.split("\r\x1b\\[K", line)[-1] for line in text.split("\n")]
+
+
+def test_a_bar_ends_with_its_last_item_and_lines_of_threads_stand_above_it(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    clock = itertools.count(0, 0.3)
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+
+    def work(n):
+        say(f"line {n}" + "x" * 200)
+        return n
+    for _ in progress(ordered_map(work, range(40), 8), 40, "photographs"):
+        pass
+    *lines, bar, end = shown(sys.stderr.getvalue())
+    assert sorted(lines) == sorted(f"line {n}" + "x" * 200 for n in range(40))
+    assert bar == "photographs: 40/40, 0:00:00 left" and end == ""
+    assert "photographs: 10/40, 0:00:09 left" in sys.stderr.getvalue()
+
+
+def test_without_a_terminal_a_bar_is_a_line_every_10_seconds(monkeypatch, capsys):
+    clock = itertools.count(0, 3)
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    assert list(progress("abcdefghi", 9, "x")) == list("abcdefghi")
+    assert capsys.readouterr().err == ("x: 4/9, 0:00:15 left\nx: 8/9, 0:00:03 left\n"
+                                       "x: 9/9, 0:00:00 left\n")
+
+
+def test_what_could_steer_a_terminal_is_escaped(capsys):
+    assert printable("a\x1b[2J\r\n\u202eb\udcff写真é ") == \
+        "a\\x1b[2J\\r\\n\\u202eb\\udcff写真é "
+    say("one\ntwo")
+    say("result", result=True)
+    assert capsys.readouterr() == ("result\n", "one\\ntwo\n")
+
+
+# ------------------------------------------------------------------------- atomic writing
+
+def test_an_error_cancels_what_has_not_begun():
+    begun = []
+
+    def work(n):
+        begun.append(n)
+        time.sleep(0.01)
+        return 1 / n
+    with pytest.raises(ZeroDivisionError):
+        list(ordered_map(work, range(60), 2))
+    assert len(begun) < 20
+
+
+def test_left_overs_of_killed_runs_are_cleared_and_of_living_ones_not(tmp_path):
+    names = []
+    write_atomically(tmp_path / "x", lambda path: [names.append(path.name), path.touch()])
+    assert str(os.getpid()) in names[0]
+    folder = tmp_path / "again"  # folders are cleared once
+    folder.mkdir()
+    dead, living = subprocess.Popen(["true"]), subprocess.Popen(["sleep", "60"])
+    try:
+        dead.wait()
+        killed, writing = (folder / names[0].replace(str(os.getpid()), str(process.pid))
+                           for process in (dead, living))
+        killed.touch()
+        writing.touch()
+        write_atomically(folder / "c.png", Path.touch)
+        assert sorted(folder.iterdir()) == sorted([writing, folder / "c.png"])
+    finally:
+        living.kill()
+        living.wait()
+
+
+@pytest.mark.parametrize("number, remedy", [(errno.ENOSPC, "full.*; free some space"),
+                                            (errno.EROFS, "[Rr]ead-only.*; name another place")])
+def test_only_a_full_disk_asks_for_space(tmp_path, number, remedy):
+    def write(path):
+        path.touch()
+        raise OSError(number, os.strerror(number))
+    with pytest.raises(ColorizeError, match=remedy):
+        write_atomically(tmp_path / "x", write)
+    assert not list(tmp_path.iterdir())
