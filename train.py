@@ -766,10 +766,11 @@ def train(*, data: Path = Path("data/input"), out: Path = Path("checkpoints"),
             raise ColorizeError(f"--resume {last}: what it holds is damaged; "
                                 f"start anew with --init {last}") from None
         if rank == 0:
-            head = {"bins": "a bins head", "ab": "an ab head"}[head_of(settings, start)]
-            say(f"training {settings['loss']} on {head} of {settings['encoder']}, starting "
-                f"from {training.start}" + f"; resumed {last} at step {training.step} of "
-                f"{training.total}" * bool(last))
+            head = "an ab head" if head_of(settings, start) == "ab" else "a bins head"
+            mean = "the mean of " * (head == "a bins head" and settings["loss"] != "bins")
+            say(f"training {settings['loss']} on {mean}{head} of {settings['encoder']}, "
+                f"starting from {training.start}" + f"; resumed {last} at step "
+                f"{training.step} of {training.total}" * bool(last))
             say(f"settings: {as_command(settings)}")
             say(f"{len(training.train_data)} photographs, {training.world} x {device}, "
                 f"{'bf16' if training.amp else 'float32'}")

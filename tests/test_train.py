@@ -361,7 +361,7 @@ def test_a_regression_from_a_bins_checkpoint_fits_its_mean_and_keeps_its_colours
     now, then = (c["weights"]["head.weight"] for c in (contents, before))
     assert not torch.equal(now, then)
     first = capsys.readouterr().err.splitlines()[0]
-    assert first.startswith("training mse on") and "bins head" in first
+    assert first.startswith("training mse on the mean of a bins head of resnet18")
     assert f"starting from {checkpoints['bins']}" in first
 
 
@@ -730,7 +730,8 @@ def command(photos, out, *flags, launcher=()):
     """The command line of a small training."""
     return [sys.executable, *launcher, str(ROOT / "main.py"), "train",
             "--data", str(photos), "--out", str(out), "--size", "64",
-            "--stages", "2", "--init", "none", "--device", "cpu", "--batch_size", "3", *flags]
+            "--stages", "2", "--init", "none", "--device", "cpu",
+            "--batch_size", "3", *flags]
 
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
