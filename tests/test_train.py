@@ -376,15 +376,12 @@ def test_from_an_encoders_weights_mse_trains_an_ab_head(photos, tmp_path, checkp
     assert "training mse on an ab head of resnet18" in capsys.readouterr().err
 
 
-def test_the_settings_line_is_a_command_that_does_the_same(photos, tmp_path, monkeypatch,
-                                                           capsys):
+def test_the_settings_line_is_a_command_that_does_the_same(photos, tmp_path, capsys):
     contents = run(photos, tmp_path / "a folder", epochs=1, film=True, limit=6)
     lines = capsys.readouterr().err.splitlines()
     line = next(line for line in lines if "settings: " in line)
     words = shlex.split(line.removeprefix("settings: python main.py "))
-    given = {}
-    monkeypatch.setattr(module, "train", lambda **flags: given.update(flags))
-    main.run("train", main.parse(words[1:], main.read_command("train")[1]))
+    given = main.parse(words[1:], main.read_command("train")[1])
     assert words[0] == "train" and given["film"] is True and "final" not in given
     assert plain(train.__kwdefaults__ | given) == contents["training"]["settings"]
 
