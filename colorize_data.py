@@ -1,28 +1,18 @@
-"""A folder or an archive of photographs -> arrays of Lab -> batches; the data command.
+"""A folder of photographs -> arrays of Lab -> batches; the data command.
 
     python main.py data --source photos.zip        # import, build the arrays, report
 
-DATA/train and DATA/val hold photographs, in class folders or not; DATA/processed what is made of
-them: train.npy and val.npy, a manifest (.json) beside each, hashes.json, preview.png.
+DATA/train and DATA/val hold photographs, in class folders or not; DATA/processed what is
+made of them: train.npy and val.npy, a manifest (.json) of each, hashes.json, preview.png.
 """
 
-import bz2
 import contextlib
-import gzip
 import hashlib
-import io
 import json
-import lzma
 import os
-import re
 import shutil
-import stat
-import tarfile
-import tempfile
-import zipfile
 import zlib
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,60 +20,67 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torchvision.transforms.v2 import functional as transforms
 
-from photo import (MIN_CHROMA, ColorizeError, content_hash, find_photos, gray_to_L, lab_to_image,
-                   lab_to_rgb, ordered_map, picture_sheet, progress, read_photo, rgb_to_lab, say,
-                   write_atomically)
+from importing import import_photos, in_validation
+from photo import (MIN_CHROMA, ColorizeError, content_hash, find_photos, lab_to_image,
+                   lab_to_linear, ordered_map, picture_sheet, progress, read_photo,
+                   rgb_to_lab, say, survey, write_atomically)
 
-ARRAY_FORMAT = 2     # of DATA/processed; a change rebuilds the arrays
-SIDE = 256           # stored photographs are SIDE x SIDE: 197 kB each, 43,000 of them 8.5 GB
-MIN_SIDE = 64        # smaller photographs teach little: they are enlarged four times and blurred
-VAL_FRACTION = 0.1
-BLOCK = 4 << 20      # bytes under one checksum: 2,000 numbers for 8 GB
-# the smallest crop's share of the area, our own choice: ImageNet's 8 % shows a piece of something,
-# and what it is, so what colour it has, only its surroundings tell; more than half repeats itself
+ARRAY_FORMAT = 2    # of DATA/processed; a change rebuilds the arrays
+SIDE = 256          # stored photographs are SIDE x SIDE: 43,000 of them are 8.5 GB
+MIN_SIDE = 64       # smaller photographs, enlarged over four times, teach blur
+BLOCK = 4 << 20     # bytes under one checksum: 2,000 numbers for 8 GB
+# The smallest crop's share of the area is our own choice: what colour a thing has its
+# surroundings tell, and ImageNet's usual 8 % shows none; crops over half differ too little.
 MIN_CROP = 0.35
-MAX_MEMBERS = 300_000   # files in an archive: Places365 has 330,000 for each of its twelve parts
-MAX_MEMBER = 300 << 20  # bytes of a photograph in an archive
-MAX_RATIO = 200         # of an archive's contents to its own size, from 1 MB on
-MAX_HEADER = 1 << 20    # bytes of a long name or attributes in a tar; macOS keeps icons there
-PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}  # first bytes of a tar.*
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "val"}
 
 
 # ------------------------------------------------------------------------------ the arrays
 
-def prepare(data: Path, val_fraction: float | None = None, workers: int | None = None) -> dict:
-    """Build DATA/processed from DATA/train and DATA/val, or reuse it; a manifest for each split.
+def prepare(data: Path, val_fraction: float | None = None,
+            workers: int | None = None) -> dict:
+    """Build DATA/processed from DATA/train and DATA/val, or reuse it: {split: manifest}.
 
-    val_fraction: of train, where there is no val; else what the arrays were built with, or a tenth.
+    val_fraction: of train where there is no val; else as the arrays have it, or a tenth.
 
-    A manifest's "photographs" are [name, bytes, SHA-256, class or None], one for each row of the
-    array; "left_out" has a reason for each other name. Its "fingerprint" is one of names and
-    contents, so that a copy, or touch, changes nothing, and another pixel does.
+    A manifest's "photographs" are [name, bytes, SHA-256, class or None], one for each row;
+    "left_out" holds the reason for each other name; "fingerprint" is of names and contents:
+    touching or copying the photographs changes nothing, one pixel does.
     """
     data, workers = Path(data), workers or os.cpu_count() or 1
     processed = data / "processed"
     if val_fraction is None:
-        val_fraction = read_json(processed / "train.json").get("val_fraction", VAL_FRACTION)
-    paths = {split: find_photos(data / split) for split in ("train", "val")}
+        val_fraction = read_json(processed / "train.json").get("val_fraction", 0.1)
+    paths = {split: list_photos(data / split) for split in ("train", "val")}
     if not paths["train"]:
         raise ColorizeError(no_photographs(data))
     contents = read_contents(data, paths["train"] + paths["val"], workers)
     check_overlap(data, contents)
-    # what is aside for validation depends on the fraction only where there is no val
+    # a fraction matters only where there is no val
     key = [ARRAY_FORMAT, SIDE, None if paths["val"] else val_fraction,
            [[name, digest] for name, (*_, digest) in contents.items()]]
-    fingerprint = hashlib.sha256(json.dumps(key).encode()).hexdigest()
-    manifests = {split: read_manifest(processed / f"{split}.npy", fingerprint, workers)
+    header = {"format": ARRAY_FORMAT, "val_fraction": val_fraction,
+              "fingerprint": hashlib.sha256(json.dumps(key).encode()).hexdigest()}
+    manifests = {split: read_manifest(processed / f"{split}.npy", header, workers)
                  for split in paths}
     if not all(manifests.values()):
-        header = {"format": ARRAY_FORMAT, "fingerprint": fingerprint, "val_fraction": val_fraction}
         manifests = build_arrays(data, contents, header, workers)
-    if not manifests["train"]["photographs"]:
+    if not manifests["train"]["photographs"]:  # also where the arrays were built before
         reasons = Counter(manifests["train"]["left_out"].values()).items()
         raise ColorizeError(f"no usable colour photograph below {data / 'train'}: "
                             + ", ".join(f"{count} {reason}" for reason, count in reasons))
     return manifests
+
+
+def list_photos(folder: Path) -> list[Path]:
+    """Every photograph below a folder; what was passed over is said."""
+    found, passed_over = survey(folder) if folder.is_dir() else ([], {})
+    for reason, paths in passed_over.items():
+        say(f"{len(paths)} passed over, {reason}: {some(paths)}")
+    return found
+
+
+def some(names: list) -> str:
+    return ", ".join(map(str, names[:3])) + ", ..." * (len(names) > 3)
 
 
 def no_photographs(data: Path) -> str:
@@ -92,11 +89,11 @@ def no_photographs(data: Path) -> str:
         return f"--data {data}: no such folder; name one that holds train/ (and val/)"
     elsewhere = [path for path in find_photos(data) if path.parent != data / "processed"]
     if elsewhere:
-        return (f"no photograph below {data / 'train'}, but {len(elsewhere)} elsewhere in {data}: "
-                f"import them into another folder, python main.py data --source {data} "
-                "--data data/mine, and name that with --data")
-    return (f"no photograph below {data / 'train'}; put some there, or name another folder that "
-            "holds train/ (and val/) with --data")
+        return (f"no photograph below {data / 'train'}, but {len(elsewhere)} elsewhere in "
+                f"{data}: import them, python main.py data --source {data} --data "
+                "data/mine, and name the new folder with --data")
+    return (f"no photograph below {data / 'train'}; put some there, or name another folder "
+            "that holds train/ (and val/) with --data")
 
 
 def read_json(path: Path) -> dict:
@@ -104,26 +101,26 @@ def read_json(path: Path) -> dict:
     with contextlib.suppress(OSError, ValueError, RecursionError):
         content = json.loads(path.read_text(encoding="utf-8"))
         # its own checksum: an odd value is found here, not where somebody trips over it
-        if isinstance(content, dict) and content.pop("checksum", 0) == json_checksum(content):
+        if isinstance(content, dict) and content.pop("checksum", "") == of_json(content):
             return content
     return {}
 
 
 def write_json(path: Path, content: dict) -> None:
     """Write a dict of plain values, and a checksum of them."""
-    text = json.dumps(content | {"checksum": json_checksum(content)})
+    text = json.dumps(content | {"checksum": of_json(content)})
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def json_checksum(content: dict) -> int:
+def of_json(content: dict) -> int:
     return zlib.crc32(json.dumps(content).encode())
 
 
 def read_contents(data: Path, paths: list[Path], workers: int) -> dict:
-    """{name: [bytes, time, SHA-256]} of photographs; the hash is "" where one cannot be read.
+    """{name: [bytes, time, SHA-256]} of photographs; the last is "" for what is unreadable.
 
-    What is known of a photograph of the same name, size and time is taken from hashes.json: the
-    second start of 43,000 photographs need not read 9 GB again.
+    A hash in hashes.json holds as long as name, size and time do: the second start need not
+    read 43,000 photographs (9 GB) again.
     """
     book = data / "processed" / "hashes.json"
     known = read_json(book)
@@ -147,31 +144,33 @@ def read_contents(data: Path, paths: list[Path], workers: int) -> dict:
 
 def check_overlap(data: Path, contents: dict) -> None:
     """ColorizeError if a photograph is in both train and val (equal content)."""
-    train = {digest: name for name, (*_, digest) in contents.items() if name.startswith("train/")}
+    train = {digest: name for name, (*_, digest) in contents.items()
+             if digest and name.startswith("train/")}
     for name, (*_, digest) in contents.items():
-        if digest and digest in train and name.startswith("val/"):
-            raise ColorizeError(f"{data / train[digest]} and {data / name} are the same photograph, "
-                                "in train and in val; delete one, or scores will flatter")
+        if digest in train and name.startswith("val/"):
+            raise ColorizeError(f"{data / train[digest]} and {data / name} are the same "
+                                "photograph, in train and in val; delete one, or scores "
+                                "will flatter")
 
 
-def read_manifest(array: Path, fingerprint: str, workers: int) -> dict:
-    """A finished split's manifest if its array is of these photographs and whole, else {}."""
+def read_manifest(array: Path, header: dict, workers: int) -> dict:
+    """A split's manifest if its array is of these photographs and whole, else {}."""
     manifest = read_json(array.with_suffix(".json"))
-    if manifest.get("fingerprint") == fingerprint:
-        with contextlib.suppress(OSError):
-            if checksums(array, workers) == manifest["checksums"]:
-                return manifest
+    same = manifest.get("fingerprint") == header["fingerprint"]
+    with contextlib.suppress(OSError):
+        if same and checksums(array, workers) == manifest["checksums"]:
+            return manifest
     if array.exists():
-        same = manifest.get("fingerprint") == fingerprint
         reason = "it is damaged" if same else "the photographs have changed"
         say(f"{array}: {reason}; building the arrays again")
     return {}
 
 
 def checksums(path: Path, workers: int) -> list[int]:
-    """CRC-32 of each block of a file, header and all: 3 GB/s a core, so reading is what it costs.
+    """CRC-32 of each block of a file, header and all: 3 GB/s a core.
 
-    That reading is not lost: it brings the array into memory, where training wants it.
+    So it costs what reading costs, 8 GB in about 5 s from memory; and where they come from
+    a disk the time is not lost: training finds them in memory.
     """
     def checksum(start):
         with open(path, "rb") as file:
@@ -181,13 +180,13 @@ def checksums(path: Path, workers: int) -> list[int]:
 
 
 def build_arrays(data: Path, contents: dict, header: dict, workers: int) -> dict:
-    """Write both arrays; where there is no val, part of train is set aside. The manifests."""
+    """Write both arrays; part of train is set aside where there is no val: manifests."""
     processed = data / "processed"
     need, free = len(contents) * SIDE * SIDE * 3, shutil.disk_usage(data).free
     if need > free:
         raise ColorizeError(f"{processed}: the arrays need {need / 1e9:.1f} GB and "
-                            f"{free / 1e9:.1f} GB are free; make room, or put --data elsewhere")
-    clear_leftovers(processed)
+                            f"{free / 1e9:.1f} GB are free; make room, or put --data "
+                            "elsewhere")
 
     def build(aside):
         sides = {"train": {}, "val": {}}
@@ -203,7 +202,7 @@ def build_arrays(data: Path, contents: dict, header: dict, workers: int) -> dict
     usable = [digest for manifest in manifests.values()
               for _, _, digest, _ in manifest["photographs"]]
     chosen = set_aside(usable, header["val_fraction"])
-    if chosen != aside.intersection(usable):  # few photographs, and what was aside was left out
+    if chosen != aside.intersection(usable):  # few photographs: those aside were left out
         manifests = build(chosen)
     say(f"no photographs in {data / 'val'}: {len(manifests['val']['photographs'])} of "
         f"{data / 'train'} are set aside for validation, by a hash of their content")
@@ -211,34 +210,31 @@ def build_arrays(data: Path, contents: dict, header: dict, workers: int) -> dict
 
 
 def set_aside(digests: list[str], fraction: float) -> set[str]:
-    """Which contents are for validation: a share of all, but one at least and never all."""
-    digests = sorted(set(filter(None, digests)))  # the smallest hashes are the first
+    """Which contents are for validation: a share of all, one at least, never all."""
+    digests = sorted(set(filter(None, digests)))  # a share of them are the smallest
     count = sum(in_validation(digest, fraction) for digest in digests)
     return set(digests[:max(min(max(count, 1), len(digests) - 1), 0)])
 
 
-def in_validation(digest: str, fraction: float) -> bool:
-    """Whether a photograph belongs to validation: by its content, so that others never move it."""
-    return int(digest[:8], 16) < fraction * 16 ** 8
-
-
 def encode_lab(lab: np.ndarray) -> np.ndarray:
-    """CIE Lab (..., 3) to the stored uint8: round(L*255/100), round(a)+128, round(b)+128."""
+    """Lab (..., 3) to the stored uint8: round(L*255/100), round(a)+128, round(b)+128."""
     stored = lab * np.array([2.55, 1, 1], np.float32) + np.array([0, 128, 128], np.float32)
     return np.clip(np.rint(stored), 0, 255).astype(np.uint8)
 
 
 def decode_lab(stored):
-    """Stored uint8 Lab, array (..., 3) or tensor (N, 3, H, W), to float32 L 0..100 and ab."""
+    """Stored Lab, array (..., 3) or tensor (N, 3, H, W), to float32 L 0..100 and ab."""
     if isinstance(stored, torch.Tensor):
         return torch.cat([stored[:, :1] / 2.55, stored[:, 1:].float() - 128], dim=1)
-    return (stored - np.array([0, 128, 128], np.float32)) / np.array([2.55, 1, 1], np.float32)
+    lab = stored - np.array([0, 128, 128], np.float32)
+    return lab / np.array([2.55, 1, 1], np.float32)
 
 
 def lab_square(path: Path) -> tuple[np.ndarray | None, str]:
-    """One photograph as stored Lab uint8 (SIDE, SIDE, 3), or None and the reason it is left out."""
+    """A photograph as stored Lab (SIDE, SIDE, 3), or None and why it is left out."""
     try:
-        image = read_photo(path, at_least=2 * SIDE).image  # twice, so that no aliasing is left
+        # a JPEG may come at half of its size or less; 2 * SIDE still hide the steps
+        image = read_photo(path, at_least=2 * SIDE).image
     except ColorizeError:
         return None, "unreadable"
     if min(image.size) < MIN_SIDE:
@@ -247,15 +243,15 @@ def lab_square(path: Path) -> tuple[np.ndarray | None, str]:
         return None, "without colour"
     square = ImageOps.fit(image, (SIDE, SIDE), Image.Resampling.LANCZOS)
     lab = rgb_to_lab(np.asarray(square))
-    if np.hypot(lab[..., 1], lab[..., 2]).mean() < MIN_CHROMA:
+    if np.hypot(lab[..., 1], lab[..., 2]).mean() < MIN_CHROMA:  # gray, stored as colour
         return None, "without colour"
     return encode_lab(lab), ""
 
 
 def build_array(array: Path, files: dict, header: dict, workers: int) -> dict:
-    """Write one split's array and then its manifest, which begins with `header`; returns it.
+    """Write a split's array, then its manifest, which begins with `header`; returns that.
 
-    files: {path: [relative name, bytes, time, hash]}. Rows are streamed: memory does not grow.
+    files: {path: [name, bytes, time, hash]}. Rows are streamed: memory does not grow.
     """
     photographs, left_out, manifest_path = [], {}, array.with_suffix(".json")
 
@@ -270,7 +266,8 @@ def build_array(array: Path, files: dict, header: dict, workers: int) -> dict:
                     left_out[name] = reason
                     continue
                 file.write(lab.tobytes())
-                label = name.split("/")[1] if name.count("/") > 1 else None  # its class folder
+                # train/rose/1.png is of class rose, train/1.png of none
+                label = name.split("/")[1] if name.count("/") > 1 else None
                 photographs.append([name, size, digest, label])
             file.seek(0)
             shape = (len(photographs), SIDE, SIDE, 3)
@@ -281,7 +278,7 @@ def build_array(array: Path, files: dict, header: dict, workers: int) -> dict:
                          "checksums": checksums(array, workers)}
     for line in left_out_reasons(manifest):
         say(f"{array.stem}: {line}")
-    write_json(manifest_path, manifest)  # last: a build that was killed never looks finished
+    write_json(manifest_path, manifest)  # last: a killed build never looks finished
     return manifest
 
 
@@ -290,12 +287,12 @@ def left_out_reasons(manifest: dict) -> list[str]:
     by_reason = {}
     for name, reason in manifest["left_out"].items():
         by_reason.setdefault(reason, []).append(name)
-    return [f"{len(names)} left out, {reason}: {', '.join(names[:3])}" + ", ..." * (len(names) > 3)
+    return [f"{len(names)} left out, {reason}: {some(names)}"
             for reason, names in by_reason.items()]
 
 
 def class_names(manifest: dict) -> list[str]:
-    """The scene classes of the photographs used, sorted; empty where there are not at least two."""
+    """The scene classes of the photographs used, sorted; none where there is but one."""
     names = sorted({label for *_, label in manifest["photographs"] if label})
     return names if len(names) > 1 else []
 
@@ -305,16 +302,18 @@ def class_names(manifest: dict) -> list[str]:
 class ColorizeData(torch.utils.data.Dataset):
     """Batches of stored Lab, gathered from memory-mapped arrays, one after the other.
 
-    Sample n is number n of an endless stream: epoch n // len, position n % len, shuffled and
-    augmented (flip, random resized crop, film) where `train`, and every draw a function of
-    (seed, n) alone. Yields Lab uint8 (N, 3, size, size) and class numbers (N,), -1 for none.
+    Sample n is number n of an endless stream: epoch n // len, position n % len, shuffled
+    and augmented (flip, crop, film) where `train`, each draw a function of (seed, n) alone.
+    Yields stored Lab (N, 3, size, size) and class numbers (N,), -1 for none.
     """
 
-    def __init__(self, arrays: list[Path], labels=None, size: int = SIDE, train: bool = False,
-                 crop: bool = True, film: bool = False, seed: int = 0, limit: int | None = None):
+    def __init__(self, arrays: list[Path], labels=None, size: int = SIDE,
+                 train: bool = False, crop: bool = True, film: bool = False, seed: int = 0,
+                 limit: int | None = None):
         self.paths, self.size, self.train = [str(path) for path in arrays], size, train
         self.crop, self.film, self.seed = crop, film, seed
-        self.starts = np.cumsum([0] + [len(np.load(path, mmap_mode="r")) for path in self.paths])
+        lengths = [len(np.load(path, mmap_mode="r")) for path in self.paths]
+        self.starts = np.cumsum([0] + lengths)
         count = int(self.starts[-1])
         # a limit takes a fair sample, whatever the order of the files
         self.chosen = np.sort(np.random.default_rng(0).permutation(count)[:limit or None])
@@ -333,7 +332,8 @@ class ColorizeData(torch.utils.data.Dataset):
         if not self.train:
             return self.chosen[position]
         if self._order[0] != epoch:
-            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self))
+            random = np.random.default_rng([self.seed, epoch])
+            self._order = epoch, random.permutation(len(self))
         return self.chosen[self._order[1][position]]
 
     def stored(self, row: int) -> np.ndarray:
@@ -353,7 +353,7 @@ class ColorizeData(torch.utils.data.Dataset):
         return lab, int(self.labels[row])
 
     def augment(self, lab: torch.Tensor, random: np.random.Generator) -> torch.Tensor:
-        """A random flip, a random resized crop (MIN_CROP or more of the area), on half film.
+        """A random flip, a random resized crop of MIN_CROP or more, on half of them film.
 
         lab is stored Lab (3, SIDE, SIDE); returns (3, size, size).
         """
@@ -361,7 +361,7 @@ class ColorizeData(torch.utils.data.Dataset):
         side, stretch = SIDE, 1.0
         if self.crop:
             side = SIDE * np.sqrt(MIN_CROP + (1 - MIN_CROP) * area)
-            # sides from 3:4 to 4:3 as ImageNet's usual crop has them: a third, on a log scale
+            # on a log scale, half of the way to 3:4 or 4:3, where ImageNet's crop goes
             stretch = np.exp((ratio - 0.5) * np.log(4 / 3))
         height, width = (min(SIDE, int(round(s))) for s in (side / stretch, side * stretch))
         top, left = int(y * (SIDE - height + 1)), int(x * (SIDE - width + 1))
@@ -369,7 +369,7 @@ class ColorizeData(torch.utils.data.Dataset):
                                       antialias=True)
         if flip < 0.5:
             lab = lab.flip(-1)
-        if self.film and random.uniform() < 0.5:  # the other half: photographs as good as new
+        if self.film and random.uniform() < 0.5:  # the others stay as good as new
             return old_photograph(lab, random)
         return lab
 
@@ -378,31 +378,34 @@ class ColorizeData(torch.utils.data.Dataset):
         return torch.stack(labs), torch.tensor(labels)
 
 
-# ------------------------------------------------------------------- old photographs
+# ------------------------------------------------------------------------ old photographs
 
 def old_photograph(lab: torch.Tensor, random: np.random.Generator) -> torch.Tensor:
-    """Replace L of stored Lab (3, H, W) by what an old photograph would show of it; ab stays.
+    """Replace L of stored Lab (3, H, W) by what an old photograph shows of it; ab stays.
 
     A network that has seen clean lightness alone takes grain and faded blacks for things.
     """
     L = aged(film_lightness(lab, random), random)
-    # grain of the film, noise of the scan: up to 3 of L, as in the old photographs tried
-    L = L + random.standard_normal(L.shape, np.float32) * np.float32(random.uniform(0, 0.03))
+    # grain of the film and noise of the scan: up to 3 of L
+    amount = np.float32(random.uniform(0, 0.03))
+    L = L + amount * random.standard_normal(L.shape, np.float32)
     return torch.cat([torch.from_numpy(to_stored(L))[None], lab[1:]])
 
 
 def film_lightness(lab: torch.Tensor, random: np.random.Generator) -> np.ndarray:
-    """L (H, W), 0..1, that lens, film and paper of random make give of stored Lab (3, H, W)."""
-    # early films are blind to red, later ones stood behind a filter: any mixture of channels
+    """L (H, W), 0..1, that a random lens, film and paper make of stored Lab (3, H, W)."""
+    # early films are blind to red, later ones stood behind filters: any mixture of light
     mixture = random.dirichlet([2.0, 2.0, 2.0]).astype(np.float32)
-    L = gray_to_L(lab_to_rgb(decode_lab(lab.permute(1, 2, 0).numpy())) @ mixture) / 100
+    lab = decode_lab(lab.permute(1, 2, 0).numpy())
+    light = np.clip(lab_to_linear(lab[..., 0], lab[..., 1:]) @ mixture, 0, 1)
+    # CIE L*: for white light, whatever the mixture, L is what it was
+    L = np.where(light > 0.008856, 1.16 * np.cbrt(light) - np.float32(0.16), 9.033 * light)
     curve, blur, vignette = random.uniform(size=3) < [0.7, 0.4, 0.3]
-    if curve:  # hard and soft papers, over- and underexposed: as often darker as lighter
+    if curve:  # hard and soft papers, over- and underexposed, as often darker as lighter
         L = np.clip(L, 0, 1) ** np.float32(np.exp(random.uniform(np.log(0.6), np.log(1.6))))
-    if blur:  # at the network's scale, where a focus missed by far looks like a little
-        radius = random.uniform(0.3, 1.2)
-        blurred = Image.fromarray(to_stored(L)).filter(ImageFilter.GaussianBlur(radius))
-        L = np.asarray(blurred, np.float32) / 255
+    if blur:  # a radius in pixels of the sample: of a scan of 2,000 pixels 5 to 20
+        blurred = ImageFilter.GaussianBlur(random.uniform(0.3, 1.2))
+        L = np.asarray(Image.fromarray(to_stored(L)).filter(blurred), np.float32) / 255
     if vignette:  # light falls off with the square of the distance: corners lose 10 to 40 %
         y, x = (np.linspace(-1, 1, side, dtype=np.float32) ** 2 for side in L.shape)
         L = L * (1 - np.float32(random.uniform(0.05, 0.2)) * (y[:, None] + x))
@@ -423,11 +426,11 @@ def aged(L: np.ndarray, random: np.random.Generator) -> np.ndarray:
 
 
 def scratch(L: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """L (H, W), 0..1, under one to four lines a pixel wide, of any gray, rather upright."""
+    """L (H, W), 0..1, under one to four lines a pixel wide, of any gray."""
     drawn = Image.fromarray(to_stored(L))
     for _ in range(random.integers(1, 5)):
         x, y, x_end, y_end = random.uniform(0, drawn.size * 2)
-        x_end = x + (x_end - x) * random.uniform()  # film is scratched along its way, mostly
+        x_end = x + (x_end - x) * random.uniform()  # rather upright: along the film's way
         ImageDraw.Draw(drawn).line((x, y, x_end, y_end), int(random.integers(256)), 1)
     return np.asarray(drawn, np.float32) / 255
 
@@ -440,7 +443,7 @@ def to_stored(L: np.ndarray) -> np.ndarray:
 def count_colors(photographs: ColorizeData) -> tuple[np.ndarray, np.ndarray]:
     """Counts (256, 256) of stored a and b, and the mean ab of each whole L (101, 2).
 
-    Counted over every 16th pixel of the photographs: their neighbours have nearly its colour.
+    Counted over every 16th pixel of the photographs: neighbours are nearly alike.
     """
     histogram, total, count = np.zeros(65536), np.zeros((101, 2)), np.zeros(101)
     for row in photographs.chosen:
@@ -449,216 +452,9 @@ def count_colors(photographs: ColorizeData) -> tuple[np.ndarray, np.ndarray]:
         # one number for each pair of a and b, so that one bincount counts pairs
         histogram += np.bincount(a * 256 + b, minlength=65536)
         count += np.bincount(L, minlength=101)
-        total += np.stack([np.bincount(L, c - 128.0, minlength=101) for c in (a, b)], axis=1)
+        sums = [np.bincount(L, c - 128.0, minlength=101) for c in (a, b)]
+        total += np.stack(sums, axis=1)
     return histogram.reshape(256, 256), total / np.maximum(count, 1)[:, None]
-
-
-# ------------------------------------------------------------------------------- importing
-
-def pieces(read, size: int):
-    """The next `size` bytes of what `read` reads, by the megabyte; EOFError where they end early."""
-    while size > 0:
-        piece = read(min(size, 1 << 20))
-        if not piece:
-            raise EOFError("it ends in the middle of a file")
-        size -= len(piece)
-        yield piece
-
-
-def tar_members(stream):
-    """(name, bytes, kind, pieces) of each member of a tar, read as a stream.
-
-    Our own reading, of plain files alone: tarfile takes a damaged header for the end, and reads
-    headers of any size whole.
-    """
-    said = {}  # name and size of the next member, where they do not fit its own header
-    while (block := stream.read(512)) != bytes(512):  # the mark of the end
-        info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")  # checks its checksum
-        if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE,
-                         tarfile.XGLTYPE):
-            if not 0 <= info.size <= MAX_HEADER:
-                raise ValueError(f"a header of {info.size} bytes")
-            text = b"".join(pieces(stream.read, info.size))
-            stream.read(-info.size % 512)  # all is padded to 512 bytes
-            if info.type == tarfile.GNUTYPE_LONGNAME:
-                said[b"path"] = text.rstrip(b"\0")
-            elif info.type == tarfile.XHDTYPE:  # lines of "length key=value"
-                said |= re.findall(rb"^\d+ (path|size)=(.*)$", text, re.MULTILINE)
-            yield "", info.size, "header", ()
-            continue
-        name = said[b"path"].decode("utf-8", "surrogateescape") if b"path" in said else info.name
-        size = 0 if info.isdir() else int(said.get(b"size", info.size))
-        plain = info.type in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
-        content, said = pieces(stream.read, size), {}
-        yield name, size, "file" if plain else "folder" if info.isdir() else "other", content
-        for _ in content:  # what was not taken
-            pass
-        stream.read(-size % 512)
-    if stream.read(16 << 20).strip(b"\0"):  # a header overwritten by zeros looks like the end
-        raise ValueError("there is more after its end")
-
-
-class ZipFileSource(io.BufferedReader):
-    """The bytes of a zip; its list of members, which zipfile reads whole, has a bound."""
-
-    def read(self, size=-1):
-        if size > 100 * MAX_MEMBERS:  # 46 bytes and a name each
-            raise ValueError("its list of members is too long")
-        return super().read(size)
-
-
-def zip_members(source: Path):
-    """(name, bytes, kind, pieces) of each member of a zip."""
-    with ZipFileSource(io.FileIO(source)) as file, zipfile.ZipFile(file) as archive:
-        for info in archive.infolist():
-            plain = stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG)  # 0: from Windows
-            kind = "folder" if info.is_dir() else "file" if plain else "other"
-            with archive.open(info) as member:
-                yield info.filename, info.file_size, kind, pieces(member.read, info.file_size)
-
-
-def members(source: Path):
-    """(name, bytes, kind, pieces) of each member of a zip or a tar, packed or not."""
-    with open(source, "rb") as file:
-        start = file.read(6)
-    if start.startswith((b"PK\3\4", b"PK\5\6")):
-        yield from zip_members(source)
-        return
-    unpacked = next((unpacked for magic, unpacked in PACKED.items() if start.startswith(magic)), open)
-    with unpacked(source, "rb") as stream:
-        yield from tar_members(stream)
-
-
-def check_member(source: Path, name: str, size: int, kind: str, count: int, total: int,
-                 space: tuple[int, int]) -> None:
-    """ColorizeError for a member that leads out of the folder, is no file, or too much.
-
-    count, total: members and bytes so far; space: the archive's own bytes, and those free.
-    """
-    packed, free = space
-    nothing, shown = "nothing was taken", f"--source {source}: '{name[:100]}'"
-    if kind == "other" or name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name):
-        raise ColorizeError(f"{shown} is a link or device, or leads out of the folder; "
-                            f"{nothing}; unpack it yourself if you trust it")
-    bound = MAX_RATIO * max(packed, 1 << 20)  # small archives of plain pictures pack well
-    if not 0 <= size <= MAX_MEMBER or total > bound or count > MAX_MEMBERS:
-        raise ColorizeError(f"{shown} unpacks to {size >> 20} MB, all {count} so far to "
-                            f"{total >> 20} MB, more than photographs do; {nothing}")
-    if total > free:
-        raise ColorizeError(f"--source {source}: unpacks to over {free >> 20} MB, the space that is "
-                            f"free; {nothing}; make room, or unpack it elsewhere")
-
-
-def unpack(source: Path, folder: Path) -> None:
-    """Unpack a zip or tar; ColorizeError if it is neither, hostile or damaged, at the first sign."""
-    count = total = 0
-    space = source.stat().st_size, shutil.disk_usage(folder).free
-    try:
-        for name, size, kind, content in members(source):
-            count, total = count + 1, total + size
-            check_member(source, name, size, kind, count, total, space)
-            if kind == "file" and size:
-                path = folder / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with open(path, "wb") as file:
-                    file.writelines(content)
-    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error,
-            lzma.LZMAError, tarfile.TarError) as error:  # RuntimeError: encrypted, unknown packing
-        reason = getattr(error, "strerror", "") or error
-        raise ColorizeError(f"--source {source}: no zip or tar, or a damaged or encrypted one "
-                            f"({reason}); nothing was taken; get it again, or unpack it yourself "
-                            "and name the folder") from None
-
-
-def clear_leftovers(folder: Path) -> None:
-    """Remove what killed runs left: .NAME.PID.part and .import-PID-..., but not of those at work."""
-    for path in folder.rglob(".*"):
-        number = re.fullmatch(r"\.import-(\d+)-.*|\..*\.(\d+)\.part", path.name)
-        if number and not is_running(int(number[1] or number[2])):
-            shutil.rmtree(path, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
-
-
-def is_running(process: int) -> bool:
-    """Whether a process other than this one has the number."""
-    try:
-        os.kill(process, 0)  # sends nothing
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass  # somebody else's
-    return process != os.getpid()  # in a container numbers come again: it was an earlier run
-
-
-def import_photos(source: Path, data: Path, val_fraction: float) -> None:
-    """Take the photographs of a zip, tar or folder into DATA/train and DATA/val, classes kept.
-
-    A set that comes with train and val (or test) folders stays split so; else the split is by a
-    hash of each content, so that adding photographs moves none.
-    """
-    if not (os.path.isfile(source) or os.path.isdir(source)):  # a pipe would never end
-        raise ColorizeError(f"--source {source}: no such file or folder; check the path")
-    inside, target = source.resolve(), data.resolve()
-    if source.is_dir() and target in (inside, *inside.parents):
-        raise ColorizeError(f"--source {source}: lies in --data {data}, which would be copied into "
-                            "itself; name another folder with --data")
-    clear_leftovers(data)
-    try:
-        data.mkdir(parents=True, exist_ok=True)
-        unpacked = tempfile.TemporaryDirectory(dir=data, prefix=f".import-{os.getpid()}-")
-    except OSError as error:
-        raise ColorizeError(f"--data {data}: cannot be written ({error.strerror}); "
-                            "name another folder") from None
-    with unpacked:
-        folder = source
-        if not source.is_dir():
-            say(f"unpacking {source}")
-            folder = Path(unpacked.name)
-            unpack(source, folder)
-        paths = find_photos(folder)
-        if folder == source and inside in target.parents:  # what an earlier import made of it
-            paths = [path for path in paths if target not in path.resolve().parents]
-        counts, top = Counter(), top_folder(folder, paths)
-        for path in progress(paths, len(paths), f"import {source.name}"):
-            counts[import_photo(path, path.relative_to(top), data, val_fraction)] += 1
-    taken = ", ".join(f"{n} {what}" for what, n in counts.items()) or "no photograph"
-    say(f"imported {source}: {taken}")
-
-
-def top_folder(folder: Path, paths: list[Path]) -> Path:
-    """The folder of which all below names splits and classes: the deepest that holds all paths."""
-    top = Path(os.path.commonpath([path.parent for path in paths])) if paths else folder
-    for parent in (top, *top.parents):  # a set of which only train or val is there
-        if parent.name.lower() in SPLITS and (parent == folder or folder in parent.parents):
-            top = parent.parent
-    return top
-
-
-def import_photo(path: Path, name: Path, data: Path, val_fraction: float) -> str:
-    """Copy a photograph to DATA/train/NAME or DATA/val/NAME; returns what became of it.
-
-    Where another photograph has that name, in either split, its hash goes into the name.
-    """
-    try:
-        size, digest = path.stat().st_size, content_hash(path)
-    except OSError:  # gone since it was listed, or not ours to read
-        return "unreadable"
-    split = "val" if in_validation(digest, val_fraction) else "train"
-    if len(name.parts) > 1 and name.parts[0].lower() in SPLITS:
-        split, name = SPLITS[name.parts[0].lower()], Path(*name.parts[1:])
-    for stem in (name.stem, f"{name.stem}-{digest[:8]}", f"{name.stem[:100]}-{digest}"):
-        name = name.with_stem(stem)
-        others = [data / other / name for other in ("train", "val")]
-        others = [other for other in others if other.exists()]
-        if not others:
-            write_atomically(data / split / name, partial(shutil.copyfile, path))
-            return split
-        # names and sizes alone are equal for different scans of one camera
-        if any(other.stat().st_size == size and content_hash(other) == digest
-               for other in others if other.is_file()):
-            break
-    return "already there"
 
 
 # ----------------------------------------------------------------------------- the command
@@ -669,7 +465,7 @@ def data(*, data: Path = Path("data/input"), source: Path | None = None,
 
     data: folder that holds train/ and val/; the arrays are written to its processed/
     source: a zip, a tar or a folder to import first
-    val_fraction: share set aside for validation, by a hash of the content (0.001..0.999)
+    val_fraction: share for validation, chosen by a hash of the content (0.001..0.999)
     workers: threads that read photographs; else one for each core (1..1024)
     """
     if source is not None:
@@ -677,18 +473,19 @@ def data(*, data: Path = Path("data/input"), source: Path | None = None,
     manifests = prepare(data, val_fraction, workers)
     processed = Path(data, "processed")
     for split, manifest in manifests.items():
-        print(f"{split}: {len(manifest['photographs'])} photographs used")
+        say(f"{split}: {len(manifest['photographs'])} photographs used", result=True)
         for line in left_out_reasons(manifest):
-            print(f"  {line}")
+            say(f"  {line}", result=True)
     counts = Counter(label for *_, label in manifests["train"]["photographs"])
-    classes = ", ".join(f"{name} {counts[name]}" for name in class_names(manifests["train"]))
-    print(f"classes: {classes or 'none (no class folders)'}")
+    names = class_names(manifests["train"])
+    classes = ", ".join(f"{name} {counts[name]}" for name in names)
+    say(f"classes: {classes or 'none (no class folders)'}", result=True)
     dataset = ColorizeData([processed / "train.npy"], train=True)
     histogram, _ = count_colors(dataset)
     print_colors(histogram)
     write_preview(processed / "preview.png", dataset, histogram)
-    print(f"{processed / 'preview.png'}: samples as the network sees them (L, ab at L 60, colour) "
-          "and the histogram of ab")
+    say(f"{processed / 'preview.png'}: samples as the network sees them (L, ab at L 60, "
+        "colour) and the histogram of ab", result=True)
 
 
 def print_colors(histogram: np.ndarray) -> None:
@@ -700,12 +497,12 @@ def print_colors(histogram: np.ndarray) -> None:
     for name, marginal in (("a", histogram.sum(1)), ("b", histogram.sum(0))):
         mean = (marginal * axis).sum() / total
         spread = np.sqrt((marginal * (axis - mean) ** 2).sum() / total)
-        print(f"{name}*: mean {mean:.1f}, spread {spread:.1f}")
+        say(f"{name}*: mean {mean:.1f}, spread {spread:.1f}", result=True)
 
 
 def ab_histogram(counts: np.ndarray) -> Image.Image:
-    """Counts (256, 256) of stored a and b as a picture: a to the right, b up, brighter is more."""
-    # grays are a thousand times as frequent as any vivid colour: only a logarithm shows both
+    """Counts (256, 256) of stored a and b as a picture: a right, b up."""
+    # grays are a thousand times as many as any vivid colour: a logarithm shows both
     share = np.log1p(counts) / np.log1p(max(counts.max(), 1))
     b, a = np.meshgrid(np.arange(127, -129, -1.0), np.arange(-128, 128.0), indexing="ij")
     ab = np.stack([a, b], axis=-1).astype(np.float32)
