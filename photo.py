@@ -376,7 +376,7 @@ def read_photo(path: Path, at_least: int | None = None,
     with opened(path) as image, room_for(check_sizes(path, [image.size], max_megapixels)):
         if at_least:
             image.draft(None, (at_least, at_least))  # fast, in a JPEG's decoder
-        photo = decode_photo(image)
+        photo = decode_photo(image, last=True)
         factor = min(photo.image.size) // at_least if at_least else 1
         if factor > 1 and photo.image.mode != "I;16":  # outside room_for it should be small
             photo = photo._replace(image=photo.image.reduce(factor), alpha=None)
@@ -396,21 +396,22 @@ def read_pages(path: Path, max_megapixels: float = MAX_MEGAPIXELS) -> list[Photo
             for page in range(len(sizes)):
                 if len(sizes) > 1:  # the one picture of a PSD is not its page 0
                     image.seek(page)
-                photos.append(decode_photo(image))
+                photos.append(decode_photo(image, last=page == len(sizes) - 1))
             return photos
 
 
-def decode_photo(image: Image.Image) -> Photo:
-    """An opened image as Photo."""
-    layout = str(image.tile[:1])  # how the decoder unpacks it; gone once it is loaded
+def decode_photo(image: Image.Image, last: bool = False) -> Photo:
+    """An opened image, or one in memory, as Photo; last: nobody needs the image after it."""
+    tiles = getattr(image, "tile", [])  # how the decoder unpacks it; gone once it is loaded
+    layout = str(tiles[:1])
     deep = ";16" in layout.replace("BGR;16", "") or "65535" in layout
     if image.format == "TIFF":
         deep = max(image.tag_v2.get(ExifTags.Base.BitsPerSample, (8,))) > 8
         order = ";16L" if image.tag_v2.prefix == b"II" else ";16B"
-        if deep and image.tile[0].codec_name == "raw" and image.tile[0].args[0] == "R":
+        if deep and tiles and tiles[0].codec_name == "raw" and tiles[0].args[0] == "R":
             # planes, whose 16 bits Pillow would take for two pixels of 8
             image.tile = [tile._replace(args=(tile.args[0] + order, *tile.args[1:]))
-                          for tile in image.tile]
+                          for tile in tiles]
     image.load()
     notes = []
     animated = getattr(image, "is_animated", False)  # the layers of a PSD are no animation
@@ -419,11 +420,14 @@ def decode_photo(image: Image.Image) -> Photo:
     dpi, profile = image.info.get("dpi"), image.info.get("icc_profile")
     text = {key: value for key, value in (getattr(image, "text", None) or {}).items()
             if not key.startswith(("XML:", "Raw profile"))}  # these repeat the orientation
-    image, exif = upright(image)
+    source, (image, exif) = image, upright(image)
+    if last:
+        source.close()  # frees its pixels, or there were 13 bytes for each of them
     alpha = None
     if image.mode[0] not in "IF" and image.has_transparency_data:
         gray = image.mode in ("1", "L", "LA", "La")
-        image = image.convert("LA" if gray else "RGBA")
+        if image.mode not in ("LA", "RGBA"):
+            image = image.convert("LA" if gray else "RGBA")
         image, alpha = image.convert("L" if gray else "RGB"), image.getchannel("A")
     image, note = to_srgb(image, profile)
     if deep and image.mode != "I;16":
