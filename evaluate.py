@@ -1,19 +1,16 @@
 """How good the colours are: metrics, baselines, the report, a training's curves.
 
-    python main.py evaluate --model a.tar,b.tar --image data/input/val   # beside the truth
-    python main.py evaluate --image old/                                 # gray: what needs none
+    python main.py evaluate --model a.tar,b.tar --image photos/val  # against the truth
+    python main.py evaluate --image old/          # gray: what needs no truth
 
-Each photograph is coloured by the code of inference and scored at a short side of at most 256.
-One name means one thing, in scores.csv, in evaluation.json and in a training's history.csv:
+Coloured as by inference, scored at a short side of at most 256. One name means one thing
+in scores.csv, in evaluation.json and in a training's history.csv:
 
-    psnr, ssim        of sRGB in 0..1; psnr in dB
-    ciede2000         mean colour difference; 1 is just visible
-    distance          mean distance in ab, CIE units
-    auc               area under the share of pixels within a distance of 0..150
-    colorfulness      of the result; true_colorfulness: of the photograph
-    color_ratio       the one over the other, of their means over the photographs
-    delta_L           mean difference of lightness; what remains is rounding
-    even_change, even_chroma (and true_...)  between even neighbours; over one another: patchiness
+    psnr, ssim      of sRGB, in dB and up to 1; ciede2000: mean difference, 1 is just seen
+    distance        mean in ab, CIE units; auc: share of pixels within it, over 0..150
+    colorfulness    of the result, true_...: of the photograph; color_ratio: one over other
+    even_change     of ab between even neighbours; over even_chroma it is the patchiness
+    delta_L         mean difference of lightness; what remains is rounding
 """
 
 import csv
@@ -31,19 +28,21 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from colorize_data import SIDE
 from controls import read_controls
 from inference import colorize, load_model
-from photo import (ColorizeError, FlagError, content_hash, find_photos, lab_to_image, lab_to_rgb,
-                   lightness, ordered_map, picture_sheet, printable, progress, read_photo,
-                   rgb_to_lab, say, tone_of, working_copy, write_atomically)
+from photo import (ColorizeError, FlagError, content_hash, find_photos, lab_to_image,
+                   lab_to_rgb, lightness, ordered_map, picture_sheet, printable, progress,
+                   read_photo, rgb_to_lab, say, tone_of, working_copy, write_atomically)
 
 # rows of the table: score, heading, digits
 SCORES = {"psnr": ("PSNR, dB", 2), "ssim": ("SSIM", 3), "ciede2000": ("CIEDE2000", 2),
-          "distance": ("ab distance", 2), "auc": ("AuC", 3), "colorfulness": ("colourfulness", 1),
-          "color_ratio": ("... over the truth's", 3), "patchiness": ("patchiness", 3),
+          "distance": ("ab distance", 2), "auc": ("AuC", 3),
+          "colorfulness": ("colourfulness", 1), "color_ratio": ("... over the truth's", 3),
+          "patchiness": ("patchiness", 3),
           "true_patchiness": ("... of the truth", 3), "delta_L": ("|dL|", 3)}
 # of means over all photographs: one nearly without colour would rule a mean of ratios
 RATIOS = {"color_ratio": ("colorfulness", "true_colorfulness"),
           "patchiness": ("even_change", "even_chroma"),
           "true_patchiness": ("true_even_change", "true_even_chroma")}
+LITTLE = 0.5  # ab units: rounding to 8 bits leaves less in a gray picture
 MEAN_COLOR = "mean ab for each L"  # the baseline's name
 
 
@@ -61,14 +60,15 @@ def psnr(rgb: np.ndarray, true_rgb: np.ndarray) -> float:
 
 
 def colorfulness(rgb: np.ndarray) -> float:
-    """Colourfulness of sRGB (..., 3) in 0..1 (Hasler and Suesstrunk 2003), signed rg and yb."""
+    """Colourfulness of sRGB (..., 3) in 0..1 (Hasler and Suesstrunk 2003)."""
+    # signed, as the paper has them; widely copied code takes absolute values
     red, green, blue = np.moveaxis(rgb * 255.0, -1, 0)
     rg, yb = red - green, (red + green) / 2 - blue
     return float(np.hypot(rg.std(), yb.std()) + 0.3 * np.hypot(rg.mean(), yb.mean()))
 
 
 def area_under_curve(ab: np.ndarray, true_ab: np.ndarray) -> float:
-    """Area under the share of pixels with an ab error within t, t = 0..150, normalized to 1.
+    """Area under the share of pixels with an ab error within t, t = 0..150, over 150.
 
     Zhang et al. 2016, section 3.1 (AuC).
     """
@@ -78,11 +78,11 @@ def area_under_curve(ab: np.ndarray, true_ab: np.ndarray) -> float:
 
 
 def even_neighbors(lab: np.ndarray) -> tuple[float, float]:
-    """Change of ab between neighbouring even places of lab (H, W, 3), and the mean chroma there.
+    """Change of ab between neighbouring even places of lab (H, W, 3); mean chroma there.
 
-    Change over chroma is the patchiness: 0 for a wall of one colour, about 0.11 for photographs,
-    more where each place of a wall, a coat or a sky chose a colour of its own. It needs no truth.
-    Ours: places are squares of 1/24 of the short side, even ones deviate in L by under 6, and
+    Change over chroma is the patchiness: 0 for a wall of one colour, about 0.1 for
+    photographs, more where each place of a wall or a coat chose its own colour. It needs no
+    truth. Places are squares of 1/24 of the short side; even ones deviate in L by under 6;
     neighbours, side by side or one above the other, differ in mean L by under 4.
     """
     side = max(min(lab.shape[:2]) // 24, 2)
@@ -102,10 +102,11 @@ def even_neighbors(lab: np.ndarray) -> tuple[float, float]:
 
 
 def score(rgb: np.ndarray, true_rgb: np.ndarray | None) -> dict[str, float]:
-    """Every score of one uint8 picture (H, W, 3) against the truth; None: those that need none."""
+    """Scores of a uint8 picture (H, W, 3) against the truth; None: those that need none."""
     lab, made = rgb_to_lab(rgb), rgb / np.float32(255)
     change, chroma = even_neighbors(lab)
-    scores = {"colorfulness": colorfulness(made), "even_change": change, "even_chroma": chroma}
+    scores = {"colorfulness": colorfulness(made), "even_change": change,
+              "even_chroma": chroma}
     if true_rgb is None:
         return scores
     true_lab, true = rgb_to_lab(true_rgb), true_rgb / np.float32(255)
@@ -125,18 +126,20 @@ def score(rgb: np.ndarray, true_rgb: np.ndarray | None) -> dict[str, float]:
 
 
 def picture_scores(lab, ab) -> list[float]:
-    """Sums over a batch, tensors Lab (N, 3, H, W) and ab (N, 2, H, W), of training's scores: ab
-    distance, PSNR, colourfulness and the truth's."""
+    """A batch's sums of ab distance, PSNR, colourfulness and the truth's.
+
+    lab is a tensor (N, 3, H, W), ab (N, 2, H, W).
+    """
     lab, ab = lab.permute(0, 2, 3, 1).numpy(), ab.permute(0, 2, 3, 1).float().numpy()
     true = lab_to_rgb(lab)
     made = lab_to_rgb(np.concatenate([lab[..., :1], ab], axis=-1))
-    scores = [(mean_ab_distance(c, t[..., 1:]), psnr(m, r), colorfulness(m), colorfulness(r))
-              for c, t, m, r in zip(ab, lab, made, true)]
+    scores = [(mean_ab_distance(colors, truth[..., 1:]), psnr(m, t), colorfulness(m),
+               colorfulness(t)) for colors, truth, m, t in zip(ab, lab, made, true)]
     return np.sum(scores, axis=0).tolist()
 
 
 def summarize(rows: list[dict]) -> dict[str, tuple[float, float]]:
-    """Mean and half width of its 95 % interval over photographs, for each of SCORES they have."""
+    """Mean over photographs, and half its 95 % interval, for each of SCORES they have."""
     summary = {}
     for name in SCORES:
         made, true = RATIOS.get(name, (name, None))
@@ -144,9 +147,9 @@ def summarize(rows: list[dict]) -> dict[str, tuple[float, float]]:
             continue
         values = np.array([row[made] for row in rows])
         mean = values.mean()
-        if true:  # a ratio of means; its interval by linearization (Cochran 1977, section 2.11)
+        if true:  # a ratio of means; its interval by linearization (Cochran 1977, 2.11)
             others = np.array([row[true] for row in rows])
-            below = max(others.mean(), 0.01)  # rounding leaves as much in a gray picture
+            below = max(others.mean(), LITTLE)
             mean = mean / below
             values = (values - mean * others) / below
         width = 1.96 * values.std(ddof=1) / np.sqrt(len(rows)) if len(rows) > 1 else 0.0
@@ -159,19 +162,21 @@ def summarize(rows: list[dict]) -> dict[str, tuple[float, float]]:
 def mean_color_baseline(mean_ab: np.ndarray, image: Image.Image) -> Image.Image:
     """Each pixel gets the training set's mean ab for its L."""
     L = lightness(image)
-    return lab_to_image(L, mean_ab[np.clip(np.rint(L), 0, 100).astype(int)].astype(np.float32))
+    whole = np.clip(np.rint(L), 0, 100).astype(int)  # the row of mean_ab (101, 2)
+    return lab_to_image(L, mean_ab[whole].astype(np.float32))
 
 
 def print_table(title: str, summaries: dict) -> None:
     """A row a score, a column a method, mean and 95 % interval."""
     print(f"{title}; mean +- 95 % interval over photographs")
-    widths = {method: max(len(printable(method)) + 2, 18) for method in summaries}
-    print(" " * 20 + "".join(printable(method).rjust(width) for method, width in widths.items()))
+    summaries = {printable(method): summary for method, summary in summaries.items()}
+    widths = {method: max(len(method) + 2, 18) for method in summaries}
+    print(" " * 20 + "".join(method.rjust(width) for method, width in widths.items()))
     for name, (heading, digits) in SCORES.items():
         if all(name in summary for summary in summaries.values()):
-            cells = ("{:.{d}f} +-{:.{d}f}".format(*summaries[method][name], d=digits).rjust(width)
-                     for method, width in widths.items())
-            print(f"{heading:<20}" + "".join(cells))
+            cells = ("{:.{d}f} +-{:.{d}f}".format(*summary[name], d=digits)
+                     for summary in summaries.values())
+            print(f"{heading:<20}" + "".join(map(str.rjust, cells, widths.values())))
 
 
 def evaluate(*, image: list[str] | Path = ("data/input/val",), model: str | None = None,
@@ -191,18 +196,21 @@ def evaluate(*, image: list[str] | Path = ("data/input/val",), model: str | None
     paths = [path for place in map(Path, places)
              for path in (find_photos(place) if place.is_dir() else [place])]
     if not paths:
-        raise ColorizeError(f"--image {', '.join(map(str, places))}: no photograph there; name a "
-                            "folder of photographs")
-    names = [None] if model is None else [name.strip() for name in model.split(",") if name.strip()]
+        raise ColorizeError(f"--image {' '.join(map(str, places))}: no photograph there; "
+                            "name a folder of photographs")
+    names = [None]  # the one that inference takes
+    if model is not None:
+        names = [name.strip() for name in model.split(",") if name.strip()]
     if not names:
-        raise FlagError(f"--model '{model}': names no checkpoint; write a.tar or a.tar,b.tar")
+        raise FlagError(f"--model '{model}': names no checkpoint; write a.tar,b.tar")
     controls = read_controls(saturation=saturation)
     # a method makes a picture of a picture: the baselines, then the checkpoints
     methods, hashes = {"gray": partial(mean_color_baseline, np.zeros((101, 2)))}, {}
     for network, path, contents in [load_model(name, device) for name in names]:
         hashes[str(path)] = content_hash(path)[:12]
         if "mean_ab" in contents:  # of the first checkpoint alone: they hardly differ
-            methods.setdefault(MEAN_COLOR, partial(mean_color_baseline, contents["mean_ab"].numpy()))
+            mean_ab = contents["mean_ab"].numpy()
+            methods.setdefault(MEAN_COLOR, partial(mean_color_baseline, mean_ab))
         methods[str(path)] = partial(colorize, network, size=size, controls=controls)
 
     def score_all(path):
@@ -217,17 +225,20 @@ def evaluate(*, image: list[str] | Path = ("data/input/val",), model: str | None
         return path, {name: score(np.asarray(method(picture)), true)
                       for name, method in methods.items()}
     # two at a time: one is read while the network works on another
-    results = [r for r in progress(ordered_map(score_all, paths, 2), len(paths), "evaluate") if r]
+    scored = progress(ordered_map(score_all, paths, 2), len(paths), "evaluate")
+    results = [result for result in scored if result]
     if not results:
         raise ColorizeError(f"none of {len(paths)} photographs could be scored; see above")
-    report = {"settings": {"image": list(map(str, places)), "size": size, "saturation": saturation,
-                           "scored_short_side": SIDE}, "checkpoints": hashes,
+    report = {"settings": {"image": list(map(str, places)), "size": size,
+                           "saturation": saturation, "scored_short_side": SIDE},
+              "checkpoints": hashes,
               "scores": {str(path): scores for path, scores in results}}
     truth = [result for result in results if "ciede2000" in result[1]["gray"]]
     without = [result for result in results if "ciede2000" not in result[1]["gray"]]
     for kind, group in (("in colour", truth), ("gray or toned", without)):
         if group:
-            summaries = {name: summarize([scores[name] for _, scores in group]) for name in methods}
+            summaries = {name: summarize([scores[name] for _, scores in group])
+                         for name in methods}
             print_table(f"{len(group)} photographs {kind}, network at {size} px", summaries)
             report[kind] = {"photographs": len(group), "summary": {
                 method: {name: {"mean": mean, "interval95": width}
@@ -236,7 +247,8 @@ def evaluate(*, image: list[str] | Path = ("data/input/val",), model: str | None
     write_atomically(out / "evaluation.json",
                      lambda name: name.write_text(json.dumps(report, indent=1)))
     write_csv(out / "scores.csv", [
-        {"photograph": path, "method": method} | {name: round(x, 4) for name, x in scores.items()}
+        {"photograph": path, "method": method}
+        | {name: round(x, 4) for name, x in scores.items()}
         for path, by_method in truth + without for method, scores in by_method.items()])
     draw_evaluation(out / "evaluation.png", truth or without, methods)
     say(f"{out / 'evaluation.png'}: from best to worst by "
@@ -244,32 +256,35 @@ def evaluate(*, image: list[str] | Path = ("data/input/val",), model: str | None
 
 
 def scored_copy(path: Path) -> tuple[Image.Image, bool]:
-    """The photograph at a short side of at most SIDE, RGB; and whether its colours are a truth."""
+    """The photograph, RGB, its short side at most SIDE; whether its colours are a truth."""
     image = read_photo(path).image
     picture = working_copy(image, SIDE).convert("RGB")
     if min(picture.size) < 32:
-        raise ColorizeError(f"{path}: under 32 pixels at the short side, too small to score")
+        raise ColorizeError(f"{path}: too small to score; 32 pixels are the least")
     return picture, tone_of(image) == "coloured"  # sepia is no truth
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
     """A table with a header; a value that a row lacks is left empty."""
     def write(temporary):
-        with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+        # a file's name may be no UTF-8
+        with open(temporary, "w", newline="", encoding="utf-8",
+                  errors="surrogateescape") as file:
+            names = dict.fromkeys(name for row in rows for name in row)
+            writer = csv.DictWriter(file, list(names))
             writer.writeheader()
             writer.writerows(rows)
     write_atomically(path, write)
 
 
 def draw_evaluation(path: Path, results: list, methods: dict) -> None:
-    """Twelve photographs at fixed quantiles of the error: gray | each checkpoint | the file."""
+    """Twelve photographs at fixed quantiles of the error: gray | checkpoints | itself."""
     names = [name for name in methods if name != MEAN_COLOR]
 
     def error(scores):  # of one photograph and method
         if "ciede2000" in scores:
             return "dE", scores["ciede2000"]
-        return "patchiness", scores["even_change"] / max(scores["even_chroma"], 0.01)
+        return "patchiness", scores["even_change"] / max(scores["even_chroma"], LITTLE)
     # by the first checkpoint
     ranked = sorted(results, key=lambda result: error(result[1][names[1]])[1])
     tiles, captions = [], []
@@ -277,16 +292,17 @@ def draw_evaluation(path: Path, results: list, methods: dict) -> None:
         source, scores = ranked[round(q * (len(ranked) - 1))]
         picture, _ = scored_copy(source)
         tiles += [methods[name](picture) for name in names] + [picture]
-        # a folder tells best_model.tar from best_model.tar; 32 letters fill a tile of 200 pixels
-        captions += ["{}: {} {:.3g}".format("/".join(Path(name).with_suffix("").parts[-2:])[-17:],
+        # the end of a name tells most; 32 letters fill a tile
+        captions += ["{}: {} {:.3g}".format(printable(name).removesuffix(".tar")[-16:],
                                             *error(scores[name])) for name in names]
         captions.append(printable(source.name)[:32])
-    # two photographs a row where they are narrow
-    sheet = picture_sheet(tiles, (len(names) + 1) * (2 if len(names) < 3 else 1), captions, 200)
+    # two photographs a row, where they are narrow
+    columns = (len(names) + 1) * (2 if len(names) < 3 else 1)
+    sheet = picture_sheet(tiles, columns, captions, 200)
     write_atomically(path, lambda name: sheet.save(name, "PNG"))
 
 
-# --------------------------------------------------------------------- pictures of a training
+# ------------------------------------------------------------------- pictures of a training
 
 def draw_preview(path: Path, lab, ab) -> None:
     """gray | prediction | truth, of tensors Lab (N, 3, H, W) and ab (N, 2, H, W)."""
@@ -315,9 +331,10 @@ def draw_curves(path: Path, history: list[dict]) -> None:
     width, height = 520, 300
     picture = Image.new("RGB", (width * 2, height * -(-len(panels) // 2)), "white")
     for i, (title, columns, log) in enumerate(panels):
-        draw_panel(ImageDraw.Draw(picture), i % 2 * width, i // 2 * height, width, height, title,
-                   {c: [(row["epoch"], row[c]) for row in history if c in row] for c in columns},
-                   log)
+        curves = {name: [(row["epoch"], row[name]) for row in history if name in row]
+                  for name in columns}
+        draw_panel(ImageDraw.Draw(picture), i % 2 * width, i // 2 * height, width, height,
+                   title, curves, log)
     write_atomically(path, lambda name: picture.save(name, "PNG"))
 
 
@@ -331,14 +348,16 @@ def draw_panel(draw, left: int, top: int, width: int, height: int, title: str, c
     scale = (lambda y: math.log10(max(y, 1e-12))) if log else float
     low, high = min(scale(y) for _, y in points), max(scale(y) for _, y in points)
     margin = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
-    floor = 0.0 if low >= 0 and not log else -math.inf  # rates and ratios are never negative
+    # rates and ratios are never negative
+    floor = 0.0 if low >= 0 and not log else -math.inf
     low, high, last = max(low - margin, floor), high + margin, max(x for x, _ in points)
     x0, y0, x1, y1 = left + 70, top + 30, left + width - 20, top + height - 40
     first = min(x for x, _ in points)  # 0 is the start, before any training
     place = lambda x, y: (x0 + (x1 - x0) * (x - first) / max(last - first, 1),
                           y1 - (y1 - y0) * (scale(y) - low) / (high - low))
     draw.rectangle((x0, y0, x1, y1), outline="black")
-    draw.text((x0, top + 8), title + " (log scale)" * log, "black", ImageFont.load_default(14))
+    draw.text((x0, top + 8), title + " (log scale)" * log, "black",
+              ImageFont.load_default(14))
     for i in range(5):
         value = low + (high - low) * i / 4
         y = y1 - (y1 - y0) * i / 4

@@ -1,7 +1,7 @@
 """Colorize: gray photographs in, believable colour out, lightness untouched.
 
-    python main.py train                                     # learn from data/input
-    python main.py inference --image x.png --model ckpt.tar  # colour a photograph, or a folder
+    python main.py train                                  # learn from data/input
+    python main.py inference --image x.png --model a.tar  # colour a photograph, or a folder
 """
 
 import ast
@@ -15,7 +15,7 @@ import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
-# a command is a function of that module, its flags are the function's keyword-only parameters
+# a command is a function of that module, its flags are its keyword-only parameters
 COMMANDS = {"data": "colorize_data", "train": "train", "inference": "inference",
             "evaluate": "evaluate"}
 HERE = Path(__file__).resolve().parent
@@ -23,7 +23,8 @@ RANGE = re.compile(r"\((-?\d[\d.e-]*?)\.\.(-?[\d.e-]*)\)$")  # (0..4) or (1..) e
 # what other programs call our flags; the first that the command has is meant
 SYNONYMS = {"--input": ("--image", "--data"), "--learning_rate": ("--lr",),
             "--weights": ("--model", "--init"), "--checkpoint": ("--model", "--init")}
-NO_MEMORY = "out of memory|not enough memory|allocate memory"  # a CUDA's and a CPU's RuntimeError
+YES_OR_NO = ("true", "false", "yes", "no", "on", "off", "1", "0")  # no switch takes them
+NO_MEMORY = "out of memory|not enough memory|allocate memory"  # a RuntimeError, too
 
 
 class UsageError(Exception):
@@ -31,7 +32,7 @@ class UsageError(Exception):
 
 
 class Flag(NamedTuple):
-    kind: str             # int, float, str, bool, Path; list: of str, all words up to the next --
+    kind: str             # int, float, str, bool, Path; list: all words up to the next --
     choices: list | None  # of a Literal
     default: str
     help: str
@@ -42,9 +43,10 @@ def read_command(name: str) -> tuple[str, dict[str, Flag]]:
     """A command's summary and flags, from its function's docstring and signature."""
     # parsed, not imported: torch takes seconds, and help or a mistyped flag must not
     tree = ast.parse((HERE / f"{COMMANDS[name]}.py").read_text(encoding="utf-8"))
-    function = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == name)
+    function = next(node for node in tree.body if getattr(node, "name", "") == name)
     summary, _, lines = ast.get_docstring(function).partition("\n\n")
-    lines, flags = "\n" + re.sub(r"\n +", " ", lines), {}  # indented: goes on with the one above
+    # an indented line goes on with the one above
+    lines, flags = "\n" + re.sub(r"\n +", " ", lines), {}
     for argument, default in zip(function.args.kwonlyargs, function.args.kw_defaults):
         before, _, after = lines.partition(f"\n{argument.arg}: ")
         headings = re.findall(r"^.*:$", before, re.MULTILINE)
@@ -52,13 +54,14 @@ def read_command(name: str) -> tuple[str, dict[str, Flag]]:
         if kind.startswith("Literal"):  # what its brackets hold is a list, too
             choices = ast.literal_eval(kind.removeprefix("Literal"))
             kind = type(choices[0]).__name__
-        default = default.args[0] if isinstance(default, ast.Call) else default  # of Path("a")
-        default = ast.literal_eval(default)
+        # Path("a") has the value in its brackets
+        default = ast.literal_eval(getattr(default, "args", [default])[0])
         default = " ".join(default) if isinstance(default, tuple) else str(default)
         flags[argument.arg] = Flag(kind.partition("[")[0], choices, default,
                                    after.partition("\n")[0], (headings or [""])[-1])
     # as they are explained, so that each heading stands once
-    return summary, dict(sorted(flags.items(), key=lambda flag: lines.find(f"\n{flag[0]}: ")))
+    ordered = sorted(flags, key=lambda flag: lines.find(f"\n{flag}: "))
+    return summary, {flag: flags[flag] for flag in ordered}
 
 
 def suggest(word: str, known) -> str:
@@ -82,8 +85,8 @@ def convert(name: str, text: str, flag: Flag):
     limits = RANGE.search(flag.help)
     low, high = limits.groups() if limits else (-1e308, 1e308)
     if isinstance(value, (int, float)) and not float(low) <= value <= float(high or 1e308):
-        wanted = "a whole number" if flag.kind == "int" else "a number"  # which nan and inf are not
-        if limits and value == value:
+        wanted = "a whole number" if flag.kind == "int" else "a number"
+        if limits and value == value:  # nan is not
             wanted = f"{low}..{high}" if high else f"{low} or more"
         raise UsageError(f"--{name} {text}: must be {wanted}")
     return value
@@ -96,7 +99,8 @@ def parse(arguments: list[str], flags: dict[str, Flag]) -> dict:
     while waiting:
         word = waiting.pop(0)
         if not word.startswith("--"):  # name is the flag before it
-            raise UsageError(f"'{word}' belongs to no flag; {remedy(word, name, values, known)}")
+            raise UsageError(f"'{word}' belongs to no flag; "
+                             + remedy(word, name, values, known))
         name, equals, text = word[2:].partition("=")
         name = name.replace("-", "_")
         off = name.startswith("no_") and name not in flags
@@ -122,12 +126,12 @@ def parse(arguments: list[str], flags: dict[str, Flag]) -> dict:
 
 
 def remedy(word: str, before: str, values: dict, known: list[str]) -> str:
-    """What to write instead of a word that belongs neither to the flag before it nor to any."""
+    """What to write instead of a word that belongs to no flag."""
     if word.startswith("-"):
         return "flags begin with --" + suggest(f"-{word}", known)
-    if isinstance(values.get(before), bool) and word.lower() in ("true", "false", "yes", "no"):
+    if isinstance(values.get(before), bool) and word.lower() in YES_OR_NO:
         return f"--{before} is a switch: --{before} or --no-{before}"
-    for place in ("image", "source", "data"):  # a photograph, an archive or a folder by itself
+    for place in ("image", "source", "data"):  # what stands by itself
         if f"--{place}" in known and place not in values:
             return f"write --{place} {word}"
     return "a value that holds spaces needs quotes"
@@ -137,8 +141,8 @@ def print_help(name: str | None) -> None:
     """One command's flags under their headings, or the commands, in 80 columns."""
     if name is None:
         commands = [f"  {command:<10} {read_command(command)[0]}" for command in COMMANDS]
-        print(__doc__, "usage: python main.py COMMAND [--flag value | --switch]\n", *commands,
-              "\npython main.py COMMAND --help lists a command's flags.", sep="\n")
+        print(__doc__, "usage: python main.py COMMAND [--flag value | --switch]\n",
+              *commands, "\npython main.py COMMAND --help lists its flags.", sep="\n")
         return
     summary, flags = read_command(name)
     print(f"{summary}\n\nusage: python main.py {name} [--flag value | --switch]\n")
@@ -150,12 +154,14 @@ def print_help(name: str | None) -> None:
         left = f"  --{flag_name} " + {"bool": "", "list": "str ..."}.get(kind, kind)
         default = "" if flag.default in ("None", "False") else f" [{flag.default}]"
         default = f" [on; --no-{flag_name}]" if flag.default == "True" else default
-        print(*textwrap.wrap(f"{left:<22}  {flag.help}{default}", 80, break_on_hyphens=False,
-                             break_long_words=False, subsequent_indent=" " * 24), sep="\n")
+        lines = textwrap.wrap(f"{left:<22}  {flag.help}{default}", 80,
+                              subsequent_indent=" " * 24, break_long_words=False,
+                              break_on_hyphens=False)
+        print("\n".join(lines))
 
 
 def main(arguments: list[str]) -> int:
-    """Run one command; returns the exit status. COLORIZE_TRACEBACK=1 shows where it failed."""
+    """Run one command; returns the exit status."""
     name, *rest = arguments or ["help"]
     if name in ("--help", "-h", "help"):
         name, rest = rest[0] if rest else None, ["--help"]

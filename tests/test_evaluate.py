@@ -1,4 +1,4 @@
-"""Scores against independent computations; the report; the data command; archives; curves."""
+"""Scores against independent computations; patchiness by hand; the report; curves."""
 
 import csv
 import io
@@ -8,10 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
-import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,10 +17,9 @@ from PIL import Image
 from skimage.color import deltaE_ciede2000, rgb2lab
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-import colorize_data
 import evaluate
 from evaluate import score, summarize
-from photo import ColorizeError, FlagError
+from photo import ColorizeError
 
 TRUTH, MADE = np.asarray(made_photo(0)), np.asarray(made_photo(1))
 GRAY = np.asarray(made_photo(0).convert("L").convert("RGB"))
@@ -255,197 +251,6 @@ def test_a_module_run_by_itself_says_what_to_type():
                           capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "type: python main.py evaluate --help\n"
-
-
-# -------------------------------------------------------------------------- the data command
-
-@pytest.fixture
-def folder(photos, tmp_path):
-    """A copy of the made photographs, for commands that write beside them."""
-    return shutil.copytree(photos, tmp_path / "data", ignore=shutil.ignore_patterns("processed"))
-
-
-def test_the_data_report_counts_what_there_is(folder, capsys):
-    made_photo(90).convert("L").save(folder / "train" / "gray.png")
-    colorize_data.data(data=folder)
-    out = capsys.readouterr().out
-    assert "train: 8 photographs used" in out and "val: 4 photographs used" in out
-    assert "1 left out, without colour: train/gray.png" in out
-    assert "round 4" in out and "square 4" in out
-    ab = np.concatenate([rgb2lab(np.asarray(Image.open(path)))[..., 1:].reshape(-1, 2)
-                         for path in (folder / "train").rglob("[0-9]*.png")])
-    means = [float(line.split()[2].rstrip(",")) for line in out.splitlines() if line[1:2] == "*"]
-    assert means == pytest.approx(ab.mean(axis=0), abs=2)  # the arrays hold a centre crop
-    assert Image.open(folder / "processed" / "preview.png").size == (6 * 196 + 4, 5 * 212 + 4)
-
-
-def test_the_histogram_is_bright_where_colours_are():
-    counts = np.zeros((256, 256))
-    counts[128 + 60, 128 + 40] = 100  # a 60, b 40: right of and above the middle
-    picture = np.asarray(evaluate.ab_histogram(counts)).max(axis=2)
-    assert np.unravel_index(picture.argmax(), picture.shape) == (127 - 40, 128 + 60)
-
-
-def test_the_same_photograph_in_train_and_val_is_an_error_that_names_both(folder):
-    shutil.copy(folder / "train" / "square" / "0.png", folder / "val" / "copy.png")
-    with pytest.raises(ColorizeError) as error:
-        colorize_data.data(data=folder)
-    assert "train/square/0.png" in str(error.value) and "val/copy.png" in str(error.value)
-
-
-@pytest.mark.parametrize("fraction", [0.0, 1.0, float("nan")])
-def test_a_fraction_that_makes_no_sense_is_refused(tmp_path, fraction):
-    with pytest.raises(FlagError, match="between 0 and 1"):
-        colorize_data.data(data=tmp_path, val_fraction=fraction)
-
-
-# ----------------------------------------------------------------------------------- import
-
-def make_set(root: Path, names) -> Path:
-    for i, name in enumerate(names):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        made_photo(i, 70, 66).save(root / name)
-    return root
-
-
-def pack(root: Path, kind: str) -> Path:
-    """The folder as it is, or packed."""
-    if kind == "folder":
-        return root
-    return Path(shutil.make_archive(str(root), kind, root.parent, root.name))
-
-
-FLOWERS = [f"{flower}/{i}.png" for flower in ("rose", "tulip") for i in range(15)]
-
-
-@pytest.mark.parametrize("kind", ["zip", "tar", "gztar", "xztar", "folder"])
-def test_an_import_splits_by_content_and_keeps_classes(tmp_path, kind):
-    source = pack(make_set(tmp_path / "flowers", FLOWERS), kind)
-    colorize_data.import_photos(source, tmp_path / "data", 0.3)
-    made = files(tmp_path / "data")
-    assert sorted(name.split("/", 1)[1] for name in made) == sorted(FLOWERS)
-    assert 2 <= sum(name.startswith("val/") for name in made) <= 18
-    assert (tmp_path / "data" / made[0]).read_bytes() == (
-        tmp_path / "flowers" / made[0].split("/", 1)[1]).read_bytes()
-
-
-def test_the_split_is_the_same_again_and_added_files_move_none(tmp_path):
-    source = make_set(tmp_path / "flowers", FLOWERS)
-    colorize_data.import_photos(source, tmp_path / "data", 0.3)
-    first = files(tmp_path / "data")
-    colorize_data.import_photos(source, tmp_path / "again", 0.3)
-    assert files(tmp_path / "again") == first
-    make_set(source, FLOWERS + [f"lily/{i}.png" for i in range(10)])
-    colorize_data.import_photos(source, tmp_path / "data", 0.3)
-    assert set(first) < set(files(tmp_path / "data")) and len(files(tmp_path / "data")) == 40
-
-
-def test_other_photographs_of_the_same_names_are_taken_too(tmp_path):
-    for folder in ("one", "two"):
-        path = tmp_path / folder / "1.png"
-        path.parent.mkdir()
-        made_photo(0, 64 if folder == "one" else 96, 64).save(path)
-        colorize_data.import_photos(path.parent, tmp_path / "data", 1e-9)
-    assert len(files(tmp_path / "data")) == 2
-    assert "train/1.png" in files(tmp_path / "data")
-
-
-def test_another_fraction_puts_no_photograph_into_both(tmp_path):
-    source = make_set(tmp_path / "flowers", FLOWERS)
-    for fraction in (0.1, 0.6):
-        colorize_data.import_photos(source, tmp_path / "data", fraction)
-    assert len(files(tmp_path / "data")) == len(FLOWERS)
-
-
-@pytest.mark.parametrize("names, expected", [
-    (["set/Train/cat/0.png", "set/valid/cat/1.png", "set/Train/dog/2.png"],
-     ["train/cat/0.png", "train/dog/2.png", "val/cat/1.png"]),
-    (["train/0.png", "test/1.png"], ["train/0.png", "val/1.png"]),
-    (["train/cat/0.png", "train/dog/1.png"], ["train/cat/0.png", "train/dog/1.png"]),
-    (["val/cat/0.png", "val/cat/1.png"], ["val/cat/0.png", "val/cat/1.png"])])
-@pytest.mark.parametrize("kind", ["zip", "folder"])
-def test_a_set_that_is_split_stays_split_so(tmp_path, kind, names, expected):
-    colorize_data.import_photos(pack(make_set(tmp_path / "set", names), kind), tmp_path / "data", 0.5)
-    assert files(tmp_path / "data") == expected
-
-
-def hostile_zip(path: Path, kind: str) -> None:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("good.txt", "text")
-        if kind == "link":
-            info = zipfile.ZipInfo("link.png")
-            info.external_attr = 0o120777 << 16
-            archive.writestr(info, "/etc/hostname")
-        elif kind == "bomb":
-            with archive.open("bomb.png", "w") as file:
-                for _ in range(240):
-                    file.write(bytes(1 << 20))
-        else:
-            archive.writestr({"up": "a/../../escaped.png", "absolute": "/tmp/escaped.png",
-                              "backslash": "..\\escaped.png"}[kind], "text")
-
-
-def hostile_tar(path: Path, kind: str) -> None:
-    with tarfile.open(path, "w:gz") as archive:
-        info = tarfile.TarInfo({"up": "a/../../escaped.png", "absolute": "/tmp/escaped.png",
-                                "backslash": "..\\escaped.png"}.get(kind, "strange.png"))
-        if kind == "link":
-            info.type, info.linkname = tarfile.SYMTYPE, "/etc/hostname"
-        if kind == "bomb":
-            info.size = 240 << 20
-        archive.addfile(info, io.BytesIO(bytes(info.size)))
-
-
-@pytest.mark.parametrize("kind", ["up", "absolute", "backslash", "link", "bomb"])
-@pytest.mark.parametrize("make, ending", [(hostile_zip, "zip"), (hostile_tar, "tar.gz")])
-def test_a_hostile_archive_is_refused_and_nothing_is_written(tmp_path, make, ending, kind):
-    source = tmp_path / f"set.{ending}"
-    make(source, kind)
-    with pytest.raises(ColorizeError) as error:
-        colorize_data.data(data=tmp_path / "deep" / "data", source=source)
-    assert "\n" not in str(error.value) and "nothing was taken" in str(error.value)
-    assert files(tmp_path) == [source.name] and not Path("/tmp/escaped.png").exists()
-
-
-def damaged(path: Path, kind: str) -> Path:
-    if kind == "absent":
-        return path
-    if kind == "text":
-        path.write_text("no archive")
-        return path
-    packed = "zip" if kind == "encrypted" else kind
-    source = pack(make_set(path.parent / "flowers", FLOWERS), packed)
-    content = bytearray(source.read_bytes())
-    if kind == "encrypted":  # the flag bit of every file, in both places
-        for mark, offset in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
-            at = content.find(mark)
-            while at >= 0:
-                content[at + offset] |= 1
-                at = content.find(mark, at + 4)
-    elif kind == "zip":
-        content[len(content) // 2:len(content) // 2 + 200] = bytes(200)
-    else:
-        del content[len(content) // 2:]
-    path.write_bytes(content)
-    return path
-
-
-@pytest.mark.parametrize("kind", ["absent", "text", "zip", "tar", "gztar", "xztar", "encrypted"])
-def test_a_damaged_archive_is_one_line(tmp_path, kind):
-    source = damaged(tmp_path / "set.bin", kind)
-    with pytest.raises(ColorizeError, match="--source") as error:
-        colorize_data.import_photos(source, tmp_path / "data", 0.1)
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "data").exists() or files(tmp_path / "data") == []
-
-
-def test_an_archive_larger_than_the_disk_is_refused(tmp_path, monkeypatch):
-    source = pack(make_set(tmp_path / "flowers", FLOWERS), "zip")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(ColorizeError, match="free"):
-        colorize_data.import_photos(source, tmp_path / "data", 0.1)
-    assert files(tmp_path / "data") == []
-
 
 
 # ----------------------------------------------------------------------------------- curves

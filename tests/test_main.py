@@ -112,7 +112,7 @@ def train(*, a: int = 1, b: float | None = None, c: list[str] | str = "x") -> No
     ("inference foto.tif", "'foto.tif' belongs to no flag; write --image foto.tif"),
     ("inference --overwrite foto.tif", "write --image foto.tif"),
     ("data photos.zip", "write --source photos.zip"),
-    ("evaluate --image my photo.jpg --model a", "needs quotes"),
+    ("data --data a --source my photo.zip", "needs quotes"),
     ("inference --compare false", "--compare is a switch: --compare or --no-compare"),
     ("help tarin", "no command 'tarin'; did you mean train?")])
 def test_what_newcomers_type_gets_the_hint_they_need(line, said, capsys):
