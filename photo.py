@@ -45,6 +45,7 @@ UNREADABLE = ".heic .heif .dng .nef .cr2 .cr3 .arw .orf .raf .rw2 .jxl .pdf .eps
 # what is written, and the longest side that each can hold
 WRITABLE = {"PNG": 2**31, "TIFF": 2**31, "BMP": 2**31, "PPM": 2**31, "JPEG2000": 2**31,
             "AVIF": 65_536, "TGA": 65_535, "JPEG": 65_500, "WEBP": 16_383}
+# full chroma: colour is what was added
 QUALITY = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True},
            "AVIF": {"quality": 95, "subsampling": "4:4:4"}}
 # bytes 24..36 are the time when a profile was made: fixed, so that results are reproducible
@@ -101,6 +102,7 @@ def progress(items, total: int, label: str):
 
 def ordered_map(function, items, workers: int, window: int = 64):
     """Like map, in threads, in order, with at most `window` results waiting to be taken."""
+    # threads, not processes: Pillow and numpy release the lock
     pool, waiting = ThreadPoolExecutor(max(workers, 1)), deque()
     try:
         for item in items:
@@ -134,7 +136,7 @@ def write_atomically(path: Path, write) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
-        os.replace(temporary, path)
+        os.replace(temporary, path)  # whoever reads finds the old or all of the new
     except (OSError, ValueError, struct.error) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         reason = "the disk is full" if full else getattr(error, "strerror", "") or error
@@ -173,7 +175,7 @@ def srgb_to_linear(rgb: np.ndarray) -> np.ndarray:
 
 def linear_to_srgb(linear: np.ndarray) -> np.ndarray:
     """Linear light to sRGB, both float32 in 0..1, clipped."""
-    linear = np.clip(linear, 0, 1)
+    linear = np.clip(linear, 0, 1)  # a negative has no power of 1/2.4
     return np.where(linear <= 0.0031308, linear * 12.92,
                     1.055 * linear ** np.float32(1 / 2.4) - np.float32(0.055))
 
@@ -184,12 +186,13 @@ def to_8_bit(rgb: np.ndarray) -> np.ndarray:
 
 
 def _lab_curve(t: np.ndarray) -> np.ndarray:
+    # a straight line near black, where the cube root would be too steep
     return np.where(t > 0.008856, np.cbrt(t), 7.787 * t + np.float32(16 / 116))
 
 
 def rgb_to_lab(rgb: np.ndarray) -> np.ndarray:
     """sRGB (..., 3), uint8, uint16 or float in 0..1, to CIE Lab (..., 3) float32."""
-    f = _lab_curve(srgb_to_linear(rgb) @ RGB_TO_XYZ.T / WHITE)
+    f = _lab_curve(srgb_to_linear(rgb) @ RGB_TO_XYZ.T / WHITE)  # X, Y, Z against white
     x, y, z = f[..., 0], f[..., 1], f[..., 2]
     lab = np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)  # CIE 15:2004
     return lab.astype(np.float32)
@@ -229,7 +232,7 @@ def into_gamut(L: np.ndarray, ab: np.ndarray) -> np.ndarray:
     Clipping RGB instead would change the lightness.
     """
     outside = ~in_gamut(L, ab)
-    L_out, ab_out = L[outside], ab[outside]
+    L_out, ab_out = L[outside], ab[outside]  # few: the others cost nothing more
     share = np.zeros_like(L_out)
     # bisection; 2^-12 of a chroma of 110 is 0.03 units
     for bit in np.float32(0.5) ** np.arange(1, 13):
@@ -401,7 +404,7 @@ def read_pages(path: Path, max_megapixels: float = MAX_MEGAPIXELS) -> list[Photo
 
 
 def decode_photo(image: Image.Image, last: bool = False) -> Photo:
-    """An opened image, or one in memory, as Photo; last: nobody needs the image after it."""
+    """An opened image, or one in memory, as Photo; last: nobody needs it afterwards."""
     tiles = getattr(image, "tile", [])  # how the decoder unpacks it; gone once it is loaded
     layout = str(tiles[:1])
     deep = ";16" in layout.replace("BGR;16", "") or "65535" in layout
@@ -450,7 +453,7 @@ def upright(image: Image.Image) -> tuple[Image.Image, bytes]:
             del exif[ExifTags.Base.ImageDescription]
         return image, exif.tobytes()
     except Exception:  # a damaged block ends in many kinds; the pixels matter
-        return image.copy(), b""
+        return image.copy(), b""  # a copy: the next page is read into the same image
 
 
 def to_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, str]:
@@ -462,7 +465,7 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, str
         image = image.convert("L" if mode == "1" else "RGB")
     if mode == "LAB":  # its own profile is no other
         profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
-    plain = image.convert("RGB") if mode == "CMYK" else image
+    plain = image.convert("RGB") if mode == "CMYK" else image  # where no profile helps
     if not profile:
         return plain, ""
     try:
@@ -488,6 +491,7 @@ def to_16_bit(image: Image.Image) -> Image.Image:
     """Modes I;16B, I, F to I;16; I beyond 16 bits and F are scaled from their own range."""
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        # nothing says what range a program meant
         values = np.nan_to_num(values.astype(np.float32), posinf=0, neginf=0)
         values = (values - values.min()) * (65535 / max(np.ptp(values), 1e-12))
     return Image.fromarray(values.astype(np.uint16))
@@ -495,7 +499,7 @@ def to_16_bit(image: Image.Image) -> Image.Image:
 
 def tone_of(image: Image.Image) -> str:
     """Whether it is "gray", "toned" (in one hue: sepia, cyanotype) or "coloured"."""
-    small = np.asarray(working_copy(image, 128).convert("RGB"))
+    small = np.asarray(working_copy(image, 128).convert("RGB"))  # without grain
     ab = rgb_to_lab(small)[..., 1:].reshape(-1, 2)
     if np.linalg.norm(ab, axis=1).mean() < MIN_CHROMA:
         return "gray"
@@ -574,7 +578,7 @@ def write_photo(path: Path, pages: list, photo: Photo, description: str = "") ->
     options = {"icc_profile": SRGB} | QUALITY.get(kind, {})
     if kind == "TIFF" and len(pages) > 1:
         options |= {"save_all": True, "append_images": pages[1:]}
-    metadata = {"exif": exif}
+    metadata = {"exif": exif}  # apart from the options: it is what may not fit
     if photo.info["dpi"]:
         metadata["dpi"] = photo.info["dpi"]
     if kind == "PNG":
@@ -600,11 +604,12 @@ def write_deep_tiff(path: Path, pixels: np.ndarray, exif: Image.Exif, dpi: tuple
     """Write uint16 (H, W, 3) as TIFF, with all its EXIF, which Pillow cannot by itself."""
     height, width, _ = pixels.shape
     directory = ImageFileDirectory_v2()  # little-endian
-    for tag in exif:
+    for tag in exif:  # with Exif and GPS, directories of their own
         directory[tag] = exif.get_ifd(tag) or exif[tag]
     directory.tagtype[ExifTags.Base.InterColorProfile] = 7  # bytes without meaning to TIFF
     for tag, value in {
             "ImageWidth": width, "ImageLength": height, "BitsPerSample": (16, 16, 16),
+            # none; RGB
             "Compression": 1, "PhotometricInterpretation": 2, "SamplesPerPixel": 3,
             "RowsPerStrip": height, "StripByteCounts": pixels.nbytes, "StripOffsets": 0,
             "XResolution": float(dpi[0]), "YResolution": float(dpi[1]), "ResolutionUnit": 2,
