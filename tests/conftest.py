@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from skimage.color import rgb2lab
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.pop("COLORIZE_TRACEBACK", None)
 
-from basic_model import ColorNet, save_checkpoint  # noqa: E402
+from basic_model import PRETRAINED, ColorNet, load_checkpoint, save_checkpoint  # noqa: E402
 from photo import lab_to_rgb, to_8_bit  # noqa: E402
+
+
+HEADS = ("ab", "bins")
 
 
 def made_photo(seed: int, width: int = 96, height: int = 80) -> Image.Image:
@@ -26,6 +30,26 @@ def made_photo(seed: int, width: int = 96, height: int = 80) -> Image.Image:
         cx, cy, radius = random.uniform(0.1, 0.9, 3) * [1, 1, 0.3]
         lab[np.hypot(x - cx, y - cy) < radius] = random.uniform([25, -45, -45], [85, 45, 45])
     return Image.fromarray(to_8_bit(lab_to_rgb(lab.astype(np.float32))))
+
+
+def gray_photo(seed=0, width=96, height=80) -> Image.Image:
+    return made_photo(seed, width, height).convert("L")
+
+
+def gray_16(width=90, height=60) -> Image.Image:
+    """More grays than 8 bits tell apart."""
+    values = np.linspace(500, 64000, width * height).reshape(height, width)
+    return Image.fromarray(values.astype(np.uint16))
+
+
+def lab(image) -> np.ndarray:
+    """scikit-image's Lab of a picture, 8 or 16 bit, gray or RGB."""
+    pixels = np.asarray(image)
+    return rgb2lab(np.stack([pixels] * 3, axis=-1) if pixels.ndim == 2 else pixels[..., :3])
+
+
+def mean_ab(image) -> np.ndarray:
+    return lab(image)[..., 1:].mean(axis=(0, 1))
 
 
 @pytest.fixture(scope="session")
@@ -57,3 +81,18 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
     """{"ab": path, "bins": path}."""
     folder = tmp_path_factory.mktemp("checkpoints")
     return {head: make_checkpoint(folder / f"{head}.tar", head) for head in ("ab", "bins")}
+
+
+@pytest.fixture(scope="session")
+def models(checkpoints):
+    """The two networks, the bins head made to vary more from place to place."""
+    models = {head: load_checkpoint(path)[0] for head, path in checkpoints.items()}
+    with torch.no_grad():
+        models["bins"].head.weight.mul_(20)
+    return models
+
+
+@pytest.fixture(scope="session")
+def shipped():
+    """The shipped network: only a trained one tells objects apart."""
+    return load_checkpoint(PRETRAINED)[0]

@@ -2,17 +2,21 @@
 
 import functools
 import itertools
+import time
 import urllib.error
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import made_photo
 from skimage.color import rgb2lab
 
 import basic_model
 from basic_model import (ColorNet, Discriminator, annealed_mean, color_bins,
-                         encoder_levels, initialize, load_checkpoint, read_tensors,
+                         encoder_levels, initialize, load_checkpoint, read_checkpoint,
                          save_checkpoint, soft_encode, starting_checkpoint)
 from photo import ColorizeError, in_gamut
 from train import rarity_weights
@@ -37,8 +41,8 @@ def test_any_size_gives_ab_at_its_resolution_and_bins_at_a_quarter(encoder, heig
 
 
 @pytest.mark.parametrize("encoder, decoder, head", [
-    *itertools.product(["resnet18"], ["unet", "plain", "dense"], ["ab", "bins"]),
-    ("vgg16_bn", "unet", "ab"), ("resnet50", "unet", "bins"), ("mobilenet_v2", "dense", "ab")])
+    *itertools.product(["resnet18"], ["unet", "plain"], ["ab", "bins"]),
+    ("vgg16_bn", "unet", "ab"), ("resnet50", "unet", "bins"), ("mobilenet_v2", "plain", "ab")])
 def test_every_parameter_gets_a_gradient(encoder, decoder, head):
     model = ColorNet(encoder, decoder, head, classes=3)
     torch.nn.init.normal_(model.head.weight)
@@ -62,7 +66,7 @@ def test_stages_set_the_last_stride(stages, stride):
     assert encoder_levels(torchvision.models.resnet18(), stages)[-1][2] == stride
 
 
-@pytest.mark.parametrize("encoder", ["resnet19", "squeezenet1_1", "vit_b_16"])
+@pytest.mark.parametrize("encoder", ["resnet19", "squeezenet1_1", "vit_b_16", "fcn_resnet50"])
 def test_an_encoder_that_does_not_fit_is_named(encoder):
     with pytest.raises(ColorizeError, match="--encoder"):
         ColorNet(encoder)
@@ -123,35 +127,119 @@ def test_a_saved_network_predicts_the_same(head, tmp_path):
     with torch.no_grad():
         difference = (loaded.predict(L) - model.predict(L)).abs().max()
     assert difference < 1.0  # half precision, ab up to 100
-    assert contents["classes"] == ["a", "b"] and contents["format"] == 1
+    assert contents["classes"] == ["a", "b"] and contents["format"] == 2
     kinds = {name: w.dtype for name, w in contents["weights"].items()}
     assert kinds["head.weight"] == torch.float16
     assert kinds["bottleneck.1.running_var"] == torch.float32
     assert [path.name for path in tmp_path.iterdir()] == ["x.tar"]
 
 
+def test_what_is_not_finite_is_not_written(tmp_path):
+    model = ColorNet(stages=2)
+    model.head.weight.data[0] = 1e6  # beyond half precision
+    with pytest.raises(ColorizeError, match="head.weight is not finite"):
+        save_checkpoint(tmp_path / "x.tar", model)
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------- strangers' checkpoints
+
+class Trap:
+    """An object that would create a file when unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
 MODEL = {"encoder": "resnet18", "decoder": "unet", "head": "bins", "stages": 2, "classes": 0}
+LAUGHS = functools.reduce(lambda inner, _: [inner] * 1000, range(7), [])  # 10^21 empty lists
+ODD = {
+    "nan": ({"weights/head.bias": torch.full((262,), torch.nan)}, "head.bias is not finite"),
+    "variance": ({"weights/bottleneck.1.running_var": -torch.ones(192)}, "negative variance"),
+    "temperature": ({"colors/temperature": 1e-40}, "'colors'"),
+    "no temperature": ({"colors/temperature": None}, "'colors'"),
+    "nan bins": ({"colors/bins": torch.full((262, 2), torch.nan)}, "'colors'"),
+    "expanded": ({"weights/head.bias": torch.zeros(1).expand(10 ** 9)}, "something else"),
+    "huge shape": ({"weights/head.bias": torch.zeros(1).expand(10 ** 6, 10 ** 6)}, "something"),
+    "complex": ({"weights/head.bias": torch.zeros(262, dtype=torch.complex64)}, "something else"),
+    "sparse": ({"weights/head.bias": torch.zeros(262).to_sparse()}, "something else|not a check"),
+    "bool": ({"weights/head.bias": torch.zeros(262, dtype=torch.bool)}, "something else"),
+    "nested": ({"weights/head.bias": torch.nested.nested_tensor([torch.zeros(3)])}, "checkpoint"),
+    "meta": ({"weights/head.bias": torch.zeros(262, device="meta")}, "checkpoint"),
+    "wrong shape": ({"weights/head.bias": torch.zeros(3, 3)}, r"head.bias is \(3, 3\)"),
+    "no tensor": ({"weights/head.bias": "text"}, "'weights'"),
+    "number as name": ({"weights": {5: torch.zeros(3)}}, "'weights'"),
+    "long name": ({"weights": {"x" * 5 * 10 ** 7: torch.zeros(3)}}, "checkpoint"),
+    "long word": ({"training": {"note": "x" * 10 ** 6}}, "something else"),
+    "laughs": ({"training": {"note": LAUGHS}}, "something else"),
+    "format": ({"format": 1}, "format is not 2"),
+    "format of many": ({"format": torch.zeros(3)}, "format is not 2"),
+    "no model": ({"model": {}}, "'model'"), "list": ({"weights": [1]}, "'weights'"),
+    "mean_ab": ({"mean_ab": torch.zeros(3)}, "'mean_ab'"),
+    "no mean_ab": ({"mean_ab": None}, "'mean_ab'"), "resume": ({"resume": 5}, "'resume'"),
+    "classes": ({"classes": "ab"}, "'classes'"), "training": ({"training": []}, "'training'"),
+    "encoder": ({"model": MODEL | {"encoder": "fcn_resnet50"}}, "out of range"),
+    "stages": ({"model": MODEL | {"stages": 9}}, "out of range"),
+    "huge network": ({"model": MODEL | {"classes": 10 ** 9}}, "out of range"),
+    "truth": ({"model": MODEL | {"classes": True}}, "'model'"),
+    "another network": ({"model": MODEL | {"decoder": "plain"}}, "blocks"),
+    "more keys": ({"model": MODEL | {"backdoor": 1}}, "'model'"),
+}
 
 
-@pytest.mark.parametrize("change, said", [
-    ({"format": 2}, "format is 2"), ({"model": {}}, "'model'"), ({"weights": [1]}, "'weights'"),
-    ({"colors": {}}, "'colors'"), ({"mean_ab": torch.zeros(3)}, "'mean_ab'"),
-    ({"model": MODEL | {"stages": 9}}, "out of range"),
-    ({"model": MODEL | {"decoder": "plain"}}, "blocks")])
-def test_what_is_wrong_with_a_checkpoint_is_said_in_a_line(change, said, checkpoints, tmp_path):
-    torch.save(read_tensors(checkpoints["bins"]) | change, tmp_path / "bad.tar")
+@pytest.mark.parametrize("kind", ODD)
+def test_what_is_wrong_with_a_checkpoint_is_said_in_a_line_soon(kind, checkpoints, tmp_path):
+    contents, (change, said) = read_checkpoint(checkpoints["bins"]), ODD[kind]
+    for key, value in change.items():
+        place, _, name = key.partition("/")
+        contents[place] = contents[place] | {name: value} if name else value
+    torch.save(contents, tmp_path / "bad.tar")
+    begin = time.monotonic()
     with pytest.raises(ColorizeError, match=said) as error:
         load_checkpoint(tmp_path / "bad.tar")
+    assert time.monotonic() - begin < 20 and len(str(error.value)) < 500
     assert "bad.tar" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_weights_that_are_not_finite_are_refused(checkpoints, tmp_path):
-    contents = read_tensors(checkpoints["ab"])
-    contents["weights"]["head.bias"][0] = float("nan")
-    torch.save(contents, tmp_path / "bad.tar")
-    with pytest.raises(ColorizeError, match="head.bias is not finite"):
-        load_checkpoint(tmp_path / "bad.tar")
+def rewrite(source: Path, target: Path, pickled=None, compression=zipfile.ZIP_STORED) -> None:
+    """A copy of a checkpoint, its records compressed or its pickle another."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", compression) as new:
+        for record in old.infolist():
+            own = pickled if record.filename.endswith("data.pkl") and pickled else None
+            new.writestr(record.filename, own or old.read(record))
 
+
+@pytest.mark.parametrize("kind", ["trap", "hidden trap", "list", "deep", "deep dict", "deflated",
+                                  "cut", "picture", "folder", "empty", "absent"])
+def test_what_is_no_checkpoint_is_one_line_and_nothing_runs(kind, checkpoints, tmp_path):
+    path, good = tmp_path / "strange.tar", checkpoints["bins"]
+    if kind == "picture":
+        made_photo(0).save(path, "PNG")
+    elif kind == "folder":
+        path.mkdir()
+    elif kind in ("empty", "cut"):
+        path.write_bytes(good.read_bytes()[:10 ** 6] if kind == "cut" else b"")
+    elif kind == "deflated":
+        rewrite(good, path, compression=zipfile.ZIP_DEFLATED)
+    elif kind == "deep":  # a list in a list, 10,000 times
+        rewrite(good, path, b"\x80\x02" + b"]" * 10_000 + b"a" * 9_999 + b".")
+    elif kind == "deep dict":
+        rewrite(good, path, b"\x80\x02" + b"}K\x01" * 9_999 + b"}" + b"s" * 9_999 + b".")
+    elif kind != "absent":
+        trap = Trap(tmp_path / "executed")
+        torch.save({"trap": trap, "list": [1, 2], "hidden trap": read_checkpoint(good)
+                    | {"training": {"note": trap}}}[kind], path)
+    begin = time.monotonic()
+    with pytest.raises(ColorizeError) as error:
+        load_checkpoint(path)
+    assert time.monotonic() - begin < 20 and not (tmp_path / "executed").exists()
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------- a start
 
 def start(model, init):
     """As train begins."""
@@ -162,9 +250,9 @@ def test_initializing_takes_what_matches(checkpoints, tmp_path, monkeypatch):
     source, _ = load_checkpoint(checkpoints["bins"])
     model = ColorNet(stages=2, head="ab")  # another head, one block more
     words, trained = start(model, str(checkpoints["bins"]))
-    assert "blocks.0.0.weight" in trained and "head.weight" not in trained
+    assert "blocks.4.0.weight" in trained and "head.weight" not in trained
     assert f"{len(trained)} of {len(model.state_dict())} tensors" in words
-    assert torch.equal(model.blocks[0][0].weight, source.blocks[0][0].weight)
+    assert torch.equal(model.blocks["4"][0].weight, source.blocks["4"][0].weight)
 
     encoder = torchvision.models.resnet18().state_dict()
     halved = {name: w.half() if w.ndim > 1 else w for name, w in encoder.items()}
@@ -180,10 +268,10 @@ def test_initializing_takes_what_matches(checkpoints, tmp_path, monkeypatch):
 
 
 def test_a_damaged_checkpoint_is_no_start(checkpoints, tmp_path):
-    contents = read_tensors(checkpoints["bins"])
+    contents = read_checkpoint(checkpoints["bins"])
     del contents["colors"]["saturation"]
     torch.save(contents, tmp_path / "old.tar")
-    with pytest.raises(ColorizeError, match="--init .*old.tar.*'colors'"):
+    with pytest.raises(ColorizeError, match="old.tar.*'colors'"):
         start(ColorNet(stages=2), str(tmp_path / "old.tar"))
 
 
@@ -198,7 +286,16 @@ def test_auto_starts_from_the_shipped_checkpoint_if_its_encoder_fits(checkpoints
     assert basic_model.starting_checkpoint("auto", "vgg11") == {}
 
 
-def test_imagenet_weights_that_cannot_be_fetched_are_said_in_one_line(monkeypatch, capsys):
+def test_a_deeper_network_starts_with_the_stages_it_shares(checkpoints):
+    """Blocks are named by stride: what was at stride 4 stays at stride 4."""
+    model = ColorNet(stages=3, head="bins")
+    source = load_checkpoint(checkpoints["bins"])[0]
+    trained = start(model, str(checkpoints["bins"]))[1]
+    assert "blocks.4.0.weight" in trained and not any("blocks.8." in name for name in trained)
+    assert torch.equal(model.blocks["4"][3].weight, source.blocks["4"][3].weight)
+
+
+def test_imagenet_weights_that_cannot_be_fetched_are_an_error_in_one_line(monkeypatch):
     get_model = torchvision.models.get_model
 
     def unreachable(name, weights=None):
@@ -206,6 +303,6 @@ def test_imagenet_weights_that_cannot_be_fetched_are_said_in_one_line(monkeypatc
             raise urllib.error.URLError("no network")
         return get_model(name)
     monkeypatch.setattr(torchvision.models, "get_model", unreachable)
-    assert start(ColorNet(stages=2), "imagenet") == ("random weights", set())
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "ImageNet" in said and "--init PATH" in said
+    with pytest.raises(ColorizeError, match="ImageNet.*--init none") as error:
+        start(ColorNet(stages=2), "imagenet")
+    assert "\n" not in str(error.value)
