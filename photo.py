@@ -8,7 +8,6 @@ import errno
 import hashlib
 import math
 import os
-import platform
 import stat
 import struct
 import sys
@@ -18,15 +17,13 @@ import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
-from PIL.TiffImagePlugin import ImageFileDirectory_v2
+from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps
 from torch.nn import functional as F
 
 VERSION = "1.0"
@@ -115,24 +112,11 @@ def ordered_map(function, items, workers: int, window: int = 64):
         pool.shutdown(cancel_futures=True)
 
 
-@cache  # once a folder: listing it at every write would take long where there are many
-def clear_left_overs(folder: Path, start: str) -> None:
-    """Delete temporary files of killed processes of this machine; start: of their names."""
-    for path in folder.glob(f"{start}*.part") if os.name == "posix" else ():
-        with contextlib.suppress(OSError, ValueError):
-            try:
-                os.kill(int(path.name.split("-")[-2]), 0)  # signal 0 asks: does it run?
-            except ProcessLookupError:
-                path.unlink()
-
-
 def write_atomically(path: Path, write) -> None:
     """Call write(temporary path) and rename; on any failure nothing is left."""
-    start = f".colorize-{platform.node()}-"
-    clear_left_overs(path.parent, start)
-    # not the name itself, which may fill the 255 bytes that a name may have
-    short = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]
-    temporary = path.with_name(f"{start}{os.getpid()}-{short}.part")
+    # a thread writes one file at a time; 50 letters: a name may have 255 bytes
+    own = f"{os.getpid()}-{threading.get_native_id()}"
+    temporary = path.with_name(f".{path.name[:50]}.{own}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
@@ -259,7 +243,7 @@ class Photo(NamedTuple):
     """One photograph (or page), upright and in sRGB."""
     image: Image.Image          # mode L, RGB or I;16 (16-bit gray)
     alpha: Image.Image | None   # mode L
-    info: dict                  # "exif" (bytes), "dpi", "text": what is written back
+    info: dict                  # "exif" (bytes), "dpi": what is written back
     note: str                   # what a user should know of the reading, or ""
 
 
@@ -270,31 +254,22 @@ def survey(folder: Path) -> tuple[list[Path], dict[str, list[Path]]]:
     """
     readable = {suffix for suffix, kind in Image.EXTENSION.items() if kind in FORMATS}
     found, passed_over, waiting = [], {}, [Path(folder)]
-    top, seen = os.path.realpath(folder), set()
-
-    def pass_over(path, reason):
-        passed_over.setdefault(reason, []).append(path)
     while waiting:  # not os.walk, which calls itself: 1,000 folders deep is too deep for it
-        here = waiting.pop(0)
+        here = waiting.pop()
         try:
-            status = os.stat(here)
-            if (status.st_dev, status.st_ino) in seen:  # or a loop of links would not end
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            paths = [here / name for name in sorted(os.listdir(here)) if name[0] != "."]
+            paths = [here / name for name in os.listdir(here) if name[0] != "."]
         except OSError as error:
-            pass_over(here, f"folder cannot be read: {error.strerror}")
+            passed_over.setdefault(f"cannot be read: {error.strerror}", []).append(here)
             continue
-        for path in paths:
-            real = os.path.realpath(path) if os.path.islink(path) else top
-            if os.path.commonpath([top, real]) != top:  # perhaps to all of the machine
-                pass_over(path, "link that leads out of the folder")
-            elif os.path.isdir(path):
+        for path in sorted(paths):
+            if path.is_symlink():  # it may lead to all of the machine, or in a circle
+                passed_over.setdefault("link", []).append(path)
+            elif path.is_dir():
                 waiting.append(path)
-            elif path.suffix.lower() in readable and os.path.isfile(path):  # no pipe
+            elif path.suffix.lower() in readable and path.is_file():  # no pipe
                 found.append(path)
             elif path.suffix.lower() in UNREADABLE:
-                pass_over(path, "format that cannot be read")
+                passed_over.setdefault("format that cannot be read", []).append(path)
     return sorted(found), passed_over
 
 
@@ -320,50 +295,28 @@ def room_for(pixels: float):
 def opened(path: Path):
     """A file as a Pillow image; whatever goes wrong with it becomes a ColorizeError."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
-            raise OSError(0, "it is a pipe or a device")
+        if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe would wait for ever
+            raise OSError(0, "it is a folder, a pipe or a device")
         # by path Pillow maps an uncompressed gray TIFF with its sides already turned
         with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
             yield image
     except ColorizeError:
         raise
     except Exception as error:  # Pillow's readers raise many kinds on hostile files
-        raise ColorizeError(f"{path}: {what_is_wrong(path, error)}") from None
-
-
-def what_is_wrong(path: Path, error: Exception) -> str:
-    """Why a file cannot be read as a photograph, and the remedy."""
-    if isinstance(error, FileNotFoundError):
-        return "no such file; check the path"
-    if os.path.isdir(path):
-        return "it is a folder; name a photograph in it"
-    if getattr(error, "strerror", ""):  # of the system, not of Pillow
-        return f"cannot be read ({error.strerror}); check the path"
-    if isinstance(error, MemoryError):
-        return "not enough memory to decode it; reduce it first"
-    with open(path, "rb") as file:
-        start = file.read(512)
-    known = any(Image.OPEN[kind][1] and Image.OPEN[kind][1](start) for kind in FORMATS)
-    if not start:
-        reason = "it is empty"
-    elif "truncated" in str(error).lower():
-        reason = "it is cut off"
-    elif known:
-        reason = "it is damaged or cut off"
-    elif all(byte > 31 or byte in b"\t\n\r" for byte in start):
-        reason = "it is text, not a picture"
-    else:
-        reason = "its format is none of " + ", ".join(FORMATS)
-    return f"cannot be read ({reason}); copy it again, or export it as PNG or JPEG"
+        what = "it is damaged, cut off, or none of " + ", ".join(FORMATS)
+        reason = getattr(error, "strerror", "")  # of the system, not of Pillow
+        if isinstance(error, MemoryError):
+            reason = "not enough memory to decode it"
+        remedy = "check the path" if reason else "export it again as PNG or JPEG"
+        raise ColorizeError(f"{path}: cannot be read ({reason or what}); {remedy}") from None
 
 
 def check_sizes(path: Path, sizes: list, max_megapixels: float) -> float:
     """The pixels of all pages; ColorizeError for too many, before memory is taken."""
-    pixels, together = sum(w * h for w, h in sizes), f" with its {len(sizes)} pages"
+    pixels = sum(w * h for w, h in sizes)
     if pixels > max_megapixels * 1e6:
-        raise ColorizeError(f"{path}: over the limit of {max_megapixels:g} megapixels"
-                            + together * (len(sizes) > 1)
-                            + "; reduce it, or raise --max_megapixels")
+        raise ColorizeError(f"{path}: over the limit of {max_megapixels:g} megapixels, pages "
+                            "together; reduce it, or raise --max_megapixels")
     if max(map(max, sizes)) > MAX_SIDE or len(sizes) > MAX_PAGES:
         raise ColorizeError(f"{path}: over {MAX_SIDE} pixels wide or high, or over "
                             f"{MAX_PAGES} pages; cut it into pieces")
@@ -410,19 +363,16 @@ def decode_photo(image: Image.Image, last: bool = False) -> Photo:
     deep = ";16" in layout.replace("BGR;16", "") or "65535" in layout
     if image.format == "TIFF":
         deep = max(image.tag_v2.get(ExifTags.Base.BitsPerSample, (8,))) > 8
-        order = ";16L" if image.tag_v2.prefix == b"II" else ";16B"
         if deep and tiles and tiles[0].codec_name == "raw" and tiles[0].args[0] == "R":
             # planes, whose 16 bits Pillow would take for two pixels of 8
-            image.tile = [tile._replace(args=(tile.args[0] + order, *tile.args[1:]))
-                          for tile in tiles]
+            order = ";16L" if image.tag_v2.prefix == b"II" else ";16B"
+            image.tile = [t._replace(args=(t.args[0] + order, *t.args[1:])) for t in tiles]
     image.load()
     notes = []
     animated = getattr(image, "is_animated", False)  # the layers of a PSD are no animation
     if animated and image.format in ("GIF", "PNG", "WEBP", "AVIF"):
         notes.append("only the first frame of an animation was read")
     dpi, profile = image.info.get("dpi"), image.info.get("icc_profile")
-    text = {key: value for key, value in (getattr(image, "text", None) or {}).items()
-            if not key.startswith(("XML:", "Raw profile"))}  # these repeat the orientation
     source, (image, exif) = image, upright(image)
     if last:
         source.close()  # frees its pixels, or there were 13 bytes for each of them
@@ -435,8 +385,7 @@ def decode_photo(image: Image.Image, last: bool = False) -> Photo:
     image, note = to_srgb(image, profile)
     if deep and image.mode != "I;16":
         notes.append("16-bit colour was read as 8-bit")
-    info = {"exif": exif, "dpi": dpi if dpi and all(1 < x < 65536 for x in dpi) else None,
-            "text": text}
+    info = {"exif": exif, "dpi": dpi if dpi and all(1 < x < 65536 for x in dpi) else None}
     return Photo(image, alpha, info, "; ".join(filter(None, [*notes, note])))
 
 
@@ -447,6 +396,8 @@ def upright(image: Image.Image) -> tuple[Image.Image, bytes]:
         image = ImageOps.exif_transpose(image)
         for tag in set(exif) - KEPT_TAGS:
             del exif[tag]
+        for tag in (ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight):
+            exif.get_ifd(ExifTags.IFD.Exif).pop(tag, None)  # sides before it was turned
         words = str(exif.get(ExifTags.Base.ImageDescription))
         # tifffile, OME and ImageJ write there for themselves how the pixels lie
         if words.startswith(('{"', "<?xml", "ImageJ=")):
@@ -498,15 +449,13 @@ def to_16_bit(image: Image.Image) -> Image.Image:
 
 
 def tone_of(image: Image.Image) -> str:
-    """Whether it is "gray", "toned" (in one hue: sepia, cyanotype) or "coloured"."""
+    """Whether it is "gray or toned" (in one hue: sepia, cyanotype) or "coloured"."""
     small = np.asarray(working_copy(image, 128).convert("RGB"))  # without grain
     ab = rgb_to_lab(small)[..., 1:].reshape(-1, 2)
-    if np.linalg.norm(ab, axis=1).mean() < MIN_CHROMA:
-        return "gray"
     hue = ab.mean(axis=0) / max(np.linalg.norm(ab.mean(axis=0)), 1e-6)
-    along = np.maximum(ab @ hue, 0)[:, None]  # on the ray from gray, not on its far side
-    off = np.linalg.norm(ab - along * hue, axis=1)
-    return "toned" if np.sqrt((off ** 2).mean()) < MIN_CHROMA else "coloured"
+    off = ab - np.outer(np.maximum(ab @ hue, 0), hue)  # off the ray from gray in that hue
+    deviation = np.sqrt((off ** 2).sum(axis=1).mean())
+    return "gray or toned" if deviation < MIN_CHROMA else "coloured"
 
 
 # ------------------------------------------------------------------------- a photograph out
@@ -518,7 +467,7 @@ def check_target(path: Path, size: tuple[int, int] = (1, 1)) -> str:
         raise ColorizeError(f"{path}: '{path.suffix}' is no picture format that can be "
                             "written; use .png, .jpg, .tif or .webp")
     # the nearest that exists; the folders below it will be made
-    folder = next(p for p in path.absolute().parents if os.path.exists(p) or p == p.parent)
+    folder = next(p for p in path.absolute().parents if os.path.exists(p))
     for wrong, reason in (
             (max(size) > WRITABLE[kind], f"{kind} sides end at {WRITABLE[kind]} pixels"),
             (len(os.fsencode(path.name)) > 255, "its name is over 255 bytes"),
@@ -546,20 +495,15 @@ def is_result(path: Path) -> bool:
     return made_with(path) != ""
 
 
-def describe(photo: Photo, size: tuple, description: str) -> tuple[Image.Exif, dict]:
-    """EXIF and PNG texts: the photograph's own, the new size, and how it was made."""
-    def joined(old):
-        old = str(old or "").split(MADE)[0].rstrip("; ")  # of a result that is made again
-        return "; ".join(filter(None, [old, description]))
-    exif, text = Image.Exif(), photo.info["text"]
-    exif.load(photo.info["exif"])
+def describe(old: bytes, description: str) -> Image.Exif:
+    """The photograph's own EXIF, and how its result was made."""
+    exif = Image.Exif()
+    exif.load(old)
+    words = str(exif.get(ExifTags.Base.ImageDescription) or "")
+    words = words.split(MADE)[0].rstrip("; ")  # of a result that is made again
+    exif[ExifTags.Base.ImageDescription] = "; ".join(filter(None, [words, description]))
     exif[ExifTags.Base.Software] = f"colorize {VERSION}"
-    exif[ExifTags.Base.ImageDescription] = joined(exif.get(ExifTags.Base.ImageDescription))
-    inner = exif.get_ifd(ExifTags.IFD.Exif)
-    if ExifTags.Base.ExifImageWidth in inner:  # it may have been turned
-        inner[ExifTags.Base.ExifImageWidth], inner[ExifTags.Base.ExifImageHeight] = size
-    description = joined(text.get("Description"))
-    return exif, text | {"Software": f"colorize {VERSION}", "Description": description}
+    return exif
 
 
 def write_photo(path: Path, pages: list, photo: Photo, description: str = "") -> str:
@@ -569,55 +513,38 @@ def write_photo(path: Path, pages: list, photo: Photo, description: str = "") ->
     """
     first, lost = pages[0], []
     deep = isinstance(first, np.ndarray)
-    size = first.shape[1::-1] if deep else first.size
-    kind = check_target(path, size)
-    exif, text = describe(photo, size, description)
+    kind = check_target(path, first.shape[1::-1] if deep else first.size)
     if not deep and first.mode == "RGBA" and kind in ("JPEG", "BMP", "PPM"):
         first = first.convert("RGB")
         lost.append(f"transparency was left out, {kind} has none")
     options = {"icc_profile": SRGB} | QUALITY.get(kind, {})
+    if photo.info["dpi"]:
+        options["dpi"] = photo.info["dpi"]
     if kind == "TIFF" and len(pages) > 1:
         options |= {"save_all": True, "append_images": pages[1:]}
-    metadata = {"exif": exif}  # apart from the options: it is what may not fit
-    if photo.info["dpi"]:
-        metadata["dpi"] = photo.info["dpi"]
-    if kind == "PNG":
-        metadata["pnginfo"] = PngImagePlugin.PngInfo()
-        for key, value in text.items():
-            metadata["pnginfo"].add_itxt(key, str(value))
+    exif = describe(photo.info["exif"], description)
 
     def write(temporary):
         if deep:
-            return write_deep_tiff(temporary, first, exif, photo.info["dpi"] or (72, 72))
+            return write_deep_tiff(temporary, first, exif, photo.info["dpi"])
         try:
-            first.save(temporary, format=kind, **options, **metadata)
+            first.save(temporary, format=kind, exif=exif, **options)
         except (ValueError, TypeError, KeyError, SystemError, struct.error):
             lost.append("its old metadata do not fit and were left out")
-            bare = photo._replace(info={"exif": b"", "text": {}})
-            first.save(temporary, format=kind, exif=describe(bare, size, description)[0],
-                       **options)
+            first.save(temporary, format=kind, exif=describe(b"", description), **options)
     write_atomically(path, write)
     return "; ".join(lost)
 
 
 def write_deep_tiff(path: Path, pixels: np.ndarray, exif: Image.Exif, dpi: tuple) -> None:
-    """Write uint16 (H, W, 3) as TIFF, with all its EXIF, which Pillow cannot by itself."""
-    height, width, _ = pixels.shape
-    directory = ImageFileDirectory_v2()  # little-endian
-    for tag in exif:  # with Exif and GPS, directories of their own
-        directory[tag] = exif.get_ifd(tag) or exif[tag]
-    directory.tagtype[ExifTags.Base.InterColorProfile] = 7  # bytes without meaning to TIFF
-    for tag, value in {
-            "ImageWidth": width, "ImageLength": height, "BitsPerSample": (16, 16, 16),
-            # none; RGB
-            "Compression": 1, "PhotometricInterpretation": 2, "SamplesPerPixel": 3,
-            "RowsPerStrip": height, "StripByteCounts": pixels.nbytes, "StripOffsets": 0,
-            "XResolution": float(dpi[0]), "YResolution": float(dpi[1]), "ResolutionUnit": 2,
-            "InterColorProfile": SRGB}.items():
-        directory[ExifTags.Base[tag]] = value
-    with open(path, "wb") as file:
-        directory.save(file)  # adds its own length to the offset
-        file.write(np.ascontiguousarray(pixels, "<u2").tobytes())
+    """Write uint16 (H, W, 3) as TIFF, with the texts of its EXIF; Pillow cannot."""
+    import tifffile  # here: it is seldom needed, and slow to load
+    # (tag, type 2 for text, count, value, once); Latin-1: as Pillow has decoded them
+    texts = [(tag, 2, None, value.encode("latin-1", "replace"), True)
+             for tag, value in exif.items() if isinstance(value, str)]
+    tifffile.imwrite(path, pixels, photometric="rgb", metadata=None, software=False,
+                     resolution=dpi or (72, 72), resolutionunit="inch", iccprofile=SRGB,
+                     extratags=texts)
 
 
 # ------------------------------------------------------------------------- sizes and edges

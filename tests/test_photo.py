@@ -7,7 +7,6 @@ import itertools
 import os
 import re
 import struct
-import subprocess
 import sys
 import threading
 import time
@@ -33,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL",
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 RAMP = np.linspace(0, 65535, 2000).reshape(40, 50)
 TAG = ExifTags.Base
-EMPTY = Photo(Image.new("L", (8, 2)), None, {"exif": b"", "dpi": None, "text": {}}, "")
+EMPTY = Photo(Image.new("L", (8, 2)), None, {"exif": b"", "dpi": None}, "")
 
 
 def noise(dtype, *shape) -> np.ndarray:
@@ -142,7 +141,7 @@ def test_the_orientation_is_applied_once(tmp_path, name, orientation, turn):
         assert image.size == expected.size and difference(image, expected, np.mean) < 5
     if name in ("x.jpg", "x.png"):
         inner = Image.open(tmp_path / f"out_{name}").getexif().get_ifd(ExifTags.IFD.Exif)
-        assert (inner[TAG.ExifImageWidth], inner[TAG.ExifImageHeight]) == expected.size
+        assert not {TAG.ExifImageWidth, TAG.ExifImageHeight} & set(inner)  # no longer true
 
 
 @pytest.mark.parametrize("orientation, turn", TURNS)
@@ -185,14 +184,13 @@ def test_colour_profiles_are_converted_to_srgb(tmp_path, mode, space, tolerance,
 def test_metadata_and_alpha_go_from_any_format_to_any_other(tmp_path, source, name):
     image, alpha = smooth("RGBA"), noise(np.uint8, 40, 50)
     image.putalpha(Image.fromarray(alpha))
-    exif, text = Image.Exif(), PngImagePlugin.PngInfo()
+    exif = Image.Exif()
     exif[ExifTags.Base.Artist], exif[ExifTags.Base.DateTime] = "A. Person", "1931:05:04 10:00:00"
     exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.ISOSpeedRatings] = 400
     smooth().save(tmp_path / "camera.jpg", exif=exif)
-    text.add_itxt("Title", "写真 фото")
     image.convert("RGB" if source == "x.jpg" else "RGBA").save(
         tmp_path / source, exif=Image.open(tmp_path / "camera.jpg").getexif(), dpi=(300, 300),
-        pnginfo=text, lossless=True)
+        lossless=True)
     photo = read_photo(tmp_path / source)
     assert source == "x.jpg" or difference(photo.alpha, alpha) == 0
     write_photo(tmp_path / name, [image], photo, "Colours by a test")
@@ -207,7 +205,6 @@ def test_metadata_and_alpha_go_from_any_format_to_any_other(tmp_path, source, na
         assert difference(written.getchannel("A"), alpha) == 0
     if source != "x.webp" and name in ("y.png", "y.jpg", "y.tif"):  # the others hold no DPI
         assert [round(x) for x in written.info["dpi"]] == [300, 300]
-    assert (source, name) != ("x.png", "y.png") or written.text["Title"] == "写真 фото"
 
 
 @pytest.mark.parametrize("place", ["y.txt", "y", "y.psd", "y.gif", "file.png/y.png", "folder.png",
@@ -233,7 +230,7 @@ def test_damaged_metadata_cost_nothing_but_themselves(tmp_path, damage):
     if "dpi" in damage:  # more than a JPEG can hold
         exif = Image.Exif()
         exif[TAG.Copyright] = "x" * 70000
-        photo = photo._replace(info={"exif": exif.tobytes(), "dpi": None, "text": {}})
+        photo = photo._replace(info={"exif": exif.tobytes(), "dpi": None})
     lost = write_photo(tmp_path / "y.jpg", [photo.image], photo)
     assert ("metadata" in lost) == ("dpi" in damage) and is_result(tmp_path / "y.jpg")
     smooth().save(tmp_path / "expected.jpg", quality=95, subsampling=0)
@@ -264,24 +261,23 @@ def test_a_mutated_file_is_read_or_refused(tmp_path):
     assert 0.1 < np.mean(outcomes) < 0.9, "the mutations test nothing"
 
 
+NONE = "damaged, cut off, or none of JPEG"
 NO_PHOTOGRAPH = {
     "truncated": (lambda path: [smooth("RGB", 400, 300).save(path, "JPEG"),
-                                os.truncate(path, 2000)], "it is cut off"),
-    "cut in its header": (lambda path: [smooth().save(path, "PNG"), os.truncate(path, 20)],
-                          "it is cut off"),
-    "text": (lambda path: path.write_text("no photograph\n" * 100), "it is text, not a picture"),
-    "noise": (lambda path: path.write_bytes(noise(np.uint8, 999).tobytes()), "none of JPEG"),
+                                os.truncate(path, 2000)], NONE),
+    "cut in its header": (lambda path: [smooth().save(path, "PNG"), os.truncate(path, 20)], NONE),
+    "text": (lambda path: path.write_text("no photograph\n" * 100), NONE),
+    "noise": (lambda path: path.write_bytes(noise(np.uint8, 999).tobytes()), NONE),
     "postscript": (lambda path: path.write_text(  # Pillow would run Ghostscript on it
-        "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"), "it is text"),
+        "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"), NONE),
     "container of postscript": (lambda path: path.write_bytes(
         b"\x1c\x03\x3c\x00\x02\x02\x01" b"\x1c\x03\x14\x00\x01\x09"
-        b"\x1c\x08\x0a\x00\x30%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
-        "none of JPEG"),
-    "link to nothing": (lambda path: path.symlink_to("nothing"), "no such file"),
+        b"\x1c\x08\x0a\x00\x30%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), NONE),
+    "link to nothing": (lambda path: path.symlink_to("nothing"), "No such file"),
     "link to itself": (lambda path: path.symlink_to(path), "symbolic links"),
     "device": (lambda path: path.symlink_to("/dev/zero"), "pipe or a device"),
-    "empty": (Path.touch, "it is empty"), "folder": (Path.mkdir, "it is a folder"),
-    "pipe": (os.mkfifo, "pipe or a device"), "absent": (Path.exists, "no such file")}
+    "empty": (Path.touch, NONE), "folder": (Path.mkdir, "it is a folder"),
+    "pipe": (os.mkfifo, "pipe or a device"), "absent": (Path.exists, "No such file")}
 
 
 @pytest.mark.parametrize("kind", NO_PHOTOGRAPH)
@@ -311,9 +307,9 @@ def test_more_megapixels_than_allowed_are_refused_before_they_are_decoded(tmp_pa
     assert read_photo(tmp_path / "x.tif", max_megapixels=1).image.size == (8, 1)
     assert read_photo(tmp_path / "x.png", max_megapixels=2).image.size == (2000, 1000)
     monkeypatch.setattr(Image.Image, "load", None)
-    with pytest.raises(ColorizeError, match="1.9 megapixels; .*--max_megapixels"):
+    with pytest.raises(ColorizeError, match="1.9 megapixels, .*--max_megapixels"):
         read_photo(tmp_path / "x.png", max_megapixels=1.9)
-    with pytest.raises(ColorizeError, match="1.9 megapixels with its 2 pages"):
+    with pytest.raises(ColorizeError, match="1.9 megapixels, pages together"):
         read_pages(tmp_path / "x.tif", max_megapixels=1.9)
     with pytest.raises(ColorizeError, match="65500 pixels wide or high"):
         read_photo(tmp_path / "wide.png")
@@ -383,12 +379,13 @@ def test_photographs_are_found_once_at_any_depth_in_any_case_and_script(tmp_path
         (tmp_path / name).touch()
     (tmp_path / "folder.png").mkdir()
     os.mkfifo(tmp_path / "pipe.png")
-    for link, target in (("broken.png", "nothing"), ("linked.png", "a.png"),
-                         ("deep/up", tmp_path), ("z", tmp_path / "deep"), ("own.png", "own.png")):
+    links = {"broken.png": "nothing", "linked.png": "a.png", "deep/up": tmp_path,
+             "z": tmp_path / "deep", "own.png": "own.png"}
+    for link, target in links.items():
         (tmp_path / link).symlink_to(target)
     found, passed_over = survey(tmp_path)
-    assert found == sorted(tmp_path / name for name in [*names, "linked.png"])
-    assert passed_over == {} and find_photos(tmp_path) == found
+    assert found == sorted(tmp_path / name for name in names) == find_photos(tmp_path)
+    assert set(passed_over["link"]) == {tmp_path / link for link in links}
 
 
 def test_what_is_passed_over_is_told(tmp_path, monkeypatch):
@@ -410,8 +407,8 @@ def test_what_is_passed_over_is_told(tmp_path, monkeypatch):
     assert found == [inside / "a.png"]
     assert {reason: sorted(paths) for reason, paths in passed_over.items()} == {
         "format that cannot be read": [inside / "b.HEIC", inside / "c" / "d.nef"],
-        "link that leads out of the folder": [inside / "folder", inside / "link.png"],
-        "folder cannot be read: Permission denied": [inside / "locked"]}
+        "link": [inside / "folder", inside / "link.png"],
+        "cannot be read: Permission denied": [inside / "locked"]}
     (tmp_path / "door").symlink_to(inside)  # what the user names is what the user means
     assert find_photos(tmp_path / "door") == [tmp_path / "door" / "a.png"]
 
@@ -460,28 +457,28 @@ def test_what_programs_wrote_for_themselves_is_not_kept_and_what_people_wrote_is
     write_photo(tmp_path / "b.tif", [pixels], photo, "ours")
     assert np.array_equal(tifffile.imread(tmp_path / "b.tif"), pixels)
     assert Image.open(tmp_path / "b.tif").getexif()[TAG.ImageDescription] == "ours"
-    info = PngImagePlugin.PngInfo()
-    info.add_itxt("Description", "Großmutter, 1931")
-    smooth().save(tmp_path / "c.png", pnginfo=info)
-    write_photo(tmp_path / "d.png", [smooth()], read_photo(tmp_path / "c.png"), "ours")
-    assert Image.open(tmp_path / "d.png").text["Description"] == "Großmutter, 1931; ours"
-
-
-def test_16_bit_results_keep_every_directory_of_the_exif(tmp_path):
     exif = Image.Exif()
-    exif[TAG.Artist] = "A. Person"
-    exif.get_ifd(ExifTags.IFD.Exif)[TAG.ISOSpeedRatings] = 400
-    exif.get_ifd(ExifTags.IFD.GPSInfo)[ExifTags.GPS.GPSLatitudeRef] = "N"
-    photo = EMPTY._replace(info={"exif": exif.tobytes(), "dpi": (300, 240), "text": {}})
+    exif[TAG.ImageDescription] = "Grandmother, 1931"
+    smooth().save(tmp_path / "c.png", exif=exif)
+    write_photo(tmp_path / "d.png", [smooth()], read_photo(tmp_path / "c.png"), "ours")
+    words = Image.open(tmp_path / "d.png").getexif()[TAG.ImageDescription]
+    assert words == "Grandmother, 1931; ours"
+
+
+def test_16_bit_results_keep_the_texts_of_the_exif(tmp_path):
+    exif = Image.Exif()
+    exif[TAG.Artist], exif[TAG.ImageDescription] = "Ä. Person", "Großmutter"
+    photo = EMPTY._replace(info={"exif": exif.tobytes(), "dpi": (300, 240)})
     pixels = noise(np.uint16, 40, 50, 3)
     write_photo(tmp_path / "x.tif", [pixels], photo, "ours")
-    with tifffile.TiffFile(tmp_path / "x.tif") as file:
-        tags = {tag.name: tag.value for tag in file.pages[0].tags}
-        assert np.array_equal(file.asarray(), pixels)
-    assert tags["Artist"] == "A. Person" and tags["ImageDescription"] == "ours"
-    assert tags["ExifTag"]["ISOSpeedRatings"] == 400 and tags["GPSTag"]["GPSLatitudeRef"] == "N"
-    assert (tags["XResolution"], tags["YResolution"]) == ((300, 1), (240, 1))
-    assert tags["InterColorProfile"] == photo_module.SRGB
+    assert np.array_equal(tifffile.imread(tmp_path / "x.tif"), pixels)
+    tags = Image.open(tmp_path / "x.tif").tag_v2
+    written = Image.Exif()
+    written.load(exif.tobytes())  # as Pillow wrote it: its own ASCII
+    assert tags[TAG.Artist] == written[TAG.Artist]
+    assert tags[TAG.ImageDescription] == written[TAG.ImageDescription] + "; ours"
+    assert (tags[TAG.XResolution], tags[TAG.YResolution]) == (300, 240)
+    assert tags[TAG.InterColorProfile] == photo_module.SRGB
 
 
 def test_transparency_that_a_format_cannot_hold_is_told(tmp_path):
@@ -515,9 +512,9 @@ def test_sepia_and_cyanotype_are_toned_and_real_colours_are_not():
     for image in toned:
         file = io.BytesIO()
         image.save(file, "JPEG", quality=75)  # whose blocks vary a little
-        assert tone_of(Image.open(file)) == "toned"
-    assert tone_of(gray) == tone_of(gray.convert("RGB")) == "gray"
-    assert tone_of(Image.fromarray(RAMP.astype(np.uint16))) == "gray"
+        assert tone_of(Image.open(file)) == "gray or toned"
+    assert tone_of(gray) == tone_of(gray.convert("RGB")) == "gray or toned"
+    assert tone_of(Image.fromarray(RAMP.astype(np.uint16))) == "gray or toned"
     samples = find_photos(Path(__file__).parent.parent / "data" / "input" / "val")
     assert [tone_of(read_photo(path).image) for path in samples] == ["coloured"] * len(samples)
 
@@ -580,24 +577,17 @@ def test_an_error_cancels_what_has_not_begun():
     assert len(begun) < 20
 
 
-def test_left_overs_of_killed_runs_are_cleared_and_of_living_ones_not(tmp_path):
-    names = []
-    write_atomically(tmp_path / "x", lambda path: [names.append(path.name), path.touch()])
-    assert str(os.getpid()) in names[0]
-    folder = tmp_path / "again"  # folders are cleared once
-    folder.mkdir()
-    dead, living = subprocess.Popen(["true"]), subprocess.Popen(["sleep", "60"])
-    try:
-        dead.wait()
-        killed, writing = (folder / names[0].replace(str(os.getpid()), str(process.pid))
-                           for process in (dead, living))
-        killed.touch()
-        writing.touch()
-        write_atomically(folder / "c.png", Path.touch)
-        assert sorted(folder.iterdir()) == sorted([writing, folder / "c.png"])
-    finally:
-        living.kill()
-        living.wait()
+def test_threads_that_write_the_same_name_do_not_write_the_same_file(tmp_path):
+    """The last wins, whole; train.py finds what a killed process left by this pattern."""
+    seen, both = [], threading.Barrier(2)
+
+    def write(path):
+        seen.append(path)
+        both.wait(10)
+        path.write_text("whole")
+    list(ordered_map(lambda n: write_atomically(tmp_path / "last.tar", write), range(2), 2))
+    assert len(set(seen)) == 2 and all(path.match(".last.tar.*.part") for path in seen)
+    assert [path.name for path in tmp_path.iterdir()] == ["last.tar"]
 
 
 @pytest.mark.parametrize("number, remedy", [(errno.ENOSPC, "full.*; free some space"),
