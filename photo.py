@@ -14,10 +14,10 @@ import sys
 import threading
 import time
 import warnings
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,17 +99,11 @@ def progress(items, total: int, label: str):
 
 def ordered_map(function, items, workers: int, window: int = 64):
     """Like map, in threads, in order, with at most `window` results waiting to be taken."""
+    items = iter(items)
     # threads, not processes: Pillow and numpy release the lock
-    pool, waiting = ThreadPoolExecutor(max(workers, 1)), deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) >= window:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:  # after an error or Ctrl-C, what has not begun does not begin
-        pool.shutdown(cancel_futures=True)
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
+        while batch := list(islice(items, window)):
+            yield from pool.map(function, batch)  # an error cancels what has not begun
 
 
 def write_atomically(path: Path, write) -> None:
@@ -342,18 +336,17 @@ def read_photo(path: Path, at_least: int | None = None,
 def read_pages(path: Path, max_megapixels: float = MAX_MEGAPIXELS) -> list[Photo]:
     """Every page of a TIFF, the one photograph of another file, as read_photo reads it."""
     with opened(path) as image:
-        sizes = [image.size]
+        sizes, photos = [image.size], []
         with contextlib.suppress(EOFError):  # how Pillow says that there are no more
             while image.format == "TIFF" and len(sizes) <= MAX_PAGES:
                 image.seek(len(sizes))
                 sizes.append(image.size)
         with room_for(check_sizes(path, sizes, max_megapixels)):
-            photos = []
             for page in range(len(sizes)):
                 if len(sizes) > 1:  # the one picture of a PSD is not its page 0
                     image.seek(page)
                 photos.append(decode_photo(image, last=page == len(sizes) - 1))
-            return photos
+        return photos
 
 
 def decode_photo(image: Image.Image, last: bool = False) -> Photo:
@@ -368,10 +361,6 @@ def decode_photo(image: Image.Image, last: bool = False) -> Photo:
             order = ";16L" if image.tag_v2.prefix == b"II" else ";16B"
             image.tile = [t._replace(args=(t.args[0] + order, *t.args[1:])) for t in tiles]
     image.load()
-    notes = []
-    animated = getattr(image, "is_animated", False)  # the layers of a PSD are no animation
-    if animated and image.format in ("GIF", "PNG", "WEBP", "AVIF"):
-        notes.append("only the first frame of an animation was read")
     dpi, profile = image.info.get("dpi"), image.info.get("icc_profile")
     source, (image, exif) = image, upright(image)
     if last:
@@ -384,9 +373,9 @@ def decode_photo(image: Image.Image, last: bool = False) -> Photo:
         image, alpha = image.convert("L" if gray else "RGB"), image.getchannel("A")
     image, note = to_srgb(image, profile)
     if deep and image.mode != "I;16":
-        notes.append("16-bit colour was read as 8-bit")
+        note = "; ".join(filter(None, ["16-bit colour was read as 8-bit", note]))
     info = {"exif": exif, "dpi": dpi if dpi and all(1 < x < 65536 for x in dpi) else None}
-    return Photo(image, alpha, info, "; ".join(filter(None, [*notes, note])))
+    return Photo(image, alpha, info, note)
 
 
 def upright(image: Image.Image) -> tuple[Image.Image, bytes]:
@@ -564,10 +553,9 @@ def working_copy(image: Image.Image, size: int, enlarge: float = 1.0) -> Image.I
     sides = [max(round(side * scale), 1) for side in image.size]
     if scale != 1:
         sides = [max(round(side / 4) * 4, 1) if side >= 32 else side for side in sides]
-    if image.mode != "I;16":
-        return image.resize(sides, Image.Resampling.LANCZOS, reducing_gap=3.0)
-    image = image.resize(sides, Image.Resampling.LANCZOS)  # 8 bits will do for the network
-    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode == "I;16":  # 8 bits will do for the network
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.resize(sides, Image.Resampling.LANCZOS, reducing_gap=3.0)
 
 
 def guide_slope(L: np.ndarray, ab: np.ndarray) -> np.ndarray:
