@@ -176,11 +176,6 @@ def rgb_to_lab(rgb: np.ndarray) -> np.ndarray:
     return lab.astype(np.float32)
 
 
-def gray_to_L(gray: np.ndarray) -> np.ndarray:
-    """L, float32 in 0..100, of gray sRGB (uint8, uint16, or float in 0..1), any shape."""
-    return 116 * _lab_curve(srgb_to_linear(gray)) - 16
-
-
 def lab_to_linear(L: np.ndarray, ab: np.ndarray) -> np.ndarray:
     """L (...) and ab (..., 2) to linear sRGB (..., 3), outside 0..1 where out of gamut."""
     y = (L + 16) / np.float32(116)
@@ -195,20 +190,16 @@ def lab_to_rgb(lab: np.ndarray) -> np.ndarray:
 
 
 def in_gamut(L: np.ndarray, ab: np.ndarray) -> np.ndarray:
-    """Whether L (...) and ab (..., 2) is an sRGB colour, with a tolerance in linear light.
-
-    It is 1e-4 above, or white itself would be outside, and less below, where 1e-4 is seen.
-    """
+    """Whether L (...) and ab (..., 2) is an sRGB colour, with a tolerance in linear light."""
     linear = lab_to_linear(L, ab)
+    # 1e-4 above, or white itself would be outside; less below, where 1e-4 is seen
     inside = (linear >= -1e-5) & (linear <= 1 + 1e-4)
-    return inside[..., 0] & inside[..., 1] & inside[..., 2]
+    return inside[..., 0] & inside[..., 1] & inside[..., 2]  # faster than all(axis=-1)
 
 
 def into_gamut(L: np.ndarray, ab: np.ndarray) -> np.ndarray:
-    """Lower the chroma of colours outside sRGB, at fixed L (...) and hue; ab is (..., 2).
-
-    Clipping RGB instead would change the lightness.
-    """
+    """Lower the chroma of ab (..., 2) outside sRGB, at fixed L (...) and hue."""
+    # clipping RGB instead would change the lightness
     outside = ~in_gamut(L, ab)
     L_out, ab_out = L[outside], ab[outside]  # few: the others cost nothing more
     share = np.zeros_like(L_out)
@@ -242,10 +233,7 @@ class Photo(NamedTuple):
 
 
 def survey(folder: Path) -> tuple[list[Path], dict[str, list[Path]]]:
-    """Every photograph below a folder, sorted; and by reason what was passed over.
-
-    Hidden files and those that are no photographs are passed over without a word.
-    """
+    """Every photograph below a folder, sorted; and by reason what was passed over."""
     readable = {suffix for suffix, kind in Image.EXTENSION.items() if kind in FORMATS}
     found, passed_over, waiting = [], {}, [Path(folder)]
     while waiting:  # not os.walk, which calls itself: 1,000 folders deep is too deep for it
@@ -368,8 +356,7 @@ def decode_photo(image: Image.Image, last: bool = False) -> Photo:
     alpha = None
     if image.mode[0] not in "IF" and image.has_transparency_data:
         gray = image.mode in ("1", "L", "LA", "La")
-        if image.mode not in ("LA", "RGBA"):
-            image = image.convert("LA" if gray else "RGBA")
+        image = image.convert("LA" if gray else "RGBA")
         image, alpha = image.convert("L" if gray else "RGB"), image.getchannel("A")
     image, note = to_srgb(image, profile)
     if deep and image.mode != "I;16":
@@ -401,10 +388,8 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, str
     mode = image.mode
     if mode in ("I", "F", "I;16B", "I;16L", "I;16N"):
         image = to_16_bit(image)
-    elif mode not in ("L", "RGB", "CMYK", "LAB", "I;16"):
+    elif mode not in ("L", "RGB", "CMYK", "I;16"):
         image = image.convert("L" if mode == "1" else "RGB")
-    if mode == "LAB":  # its own profile is no other
-        profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
     plain = image.convert("RGB") if mode == "CMYK" else image  # where no profile helps
     if not profile:
         return plain, ""
@@ -457,25 +442,27 @@ def check_target(path: Path, size: tuple[int, int] = (1, 1)) -> str:
                             "written; use .png, .jpg, .tif or .webp")
     # the nearest that exists; the folders below it will be made
     folder = next(p for p in path.absolute().parents if os.path.exists(p))
-    for wrong, reason in (
-            (max(size) > WRITABLE[kind], f"{kind} sides end at {WRITABLE[kind]} pixels"),
-            (len(os.fsencode(path.name)) > 255, "its name is over 255 bytes"),
-            (os.path.isdir(path), "it is a folder"),
-            (not os.path.isdir(folder), f"{folder} is no folder"),
-            (not os.access(folder, os.W_OK | os.X_OK), f"no permission in {folder}")):
-        if wrong:
-            raise ColorizeError(f"{path}: cannot be written ({reason}); name another place")
+    reason = ""
+    if max(size) > WRITABLE[kind]:
+        reason = f"{kind} sides end at {WRITABLE[kind]} pixels"
+    elif len(os.fsencode(path.name)) > 255:
+        reason = "its name is over 255 bytes"
+    elif os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        reason = f"it is a folder, or {folder} is none that you may write in"
+    if reason:
+        raise ColorizeError(f"{path}: cannot be written ({reason}); name another place")
     return kind
 
 
 def made_with(path: Path) -> str:
     """What a result says of its making, from its header alone; "" for any other file."""
     with contextlib.suppress(ColorizeError), opened(path) as image:
-        if image.format != "PNG" or "exif" in image.info:  # else Pillow would decode it all
-            exif = image.getexif()
-            if str(exif.get(ExifTags.Base.Software)).startswith("colorize "):
-                words = str(exif.get(ExifTags.Base.ImageDescription, "")).partition(MADE)
-                return "".join(words[1:]) or MADE
+        if image.format == "PNG" and "exif" not in image.info:
+            return ""  # Pillow would decode it all in search of EXIF
+        exif = image.getexif()
+        if str(exif.get(ExifTags.Base.Software)).startswith("colorize "):
+            words = str(exif.get(ExifTags.Base.ImageDescription, "")).partition(MADE)
+            return "".join(words[1:]) or MADE
     return ""
 
 
@@ -536,12 +523,12 @@ def write_deep_tiff(path: Path, pixels: np.ndarray, exif: Image.Exif, dpi: tuple
                      extratags=texts)
 
 
-# ------------------------------------------------------------------------- sizes and edges
-
 def lightness(image: Image.Image) -> np.ndarray:
-    """L (H, W) of a Pillow image of mode L, RGB or I;16."""
-    pixels = np.asarray(image)
-    return gray_to_L(pixels) if pixels.ndim == 2 else rgb_to_lab(pixels)[..., 0]
+    """L (H, W), float32 in 0..100, of a Pillow image of mode L, RGB or I;16."""
+    # Y alone gives L, and of sRGB gray it is the linear light itself
+    pixels = srgb_to_linear(np.asarray(image))
+    Y = pixels if pixels.ndim == 2 else pixels @ RGB_TO_XYZ[1]
+    return 116 * _lab_curve(Y) - 16
 
 
 def working_copy(image: Image.Image, size: int, enlarge: float = 1.0) -> Image.Image:
@@ -571,10 +558,8 @@ def guide_slope(L: np.ndarray, ab: np.ndarray) -> np.ndarray:
 def guided_upsampler(L_small: np.ndarray, ab: np.ndarray, width: int, height: int):
     """A function that gives ab at the photograph's size, edge-aware, any rows at a time.
 
-    L_small is (h, w), ab (h, w, 2), at the network's resolution.
-
-    bicubic(ab) + a * (L - bicubic(L_small)), a the local regression of ab on L: the
-    coefficient of the guided filter (He and Sun 2015), radius 1.
+    bicubic(ab) + a * (L - bicubic(L_small)), a the guided filter's (He and Sun 2015) local
+    regression of ab (h, w, 2) on L_small (h, w), both at the network's resolution.
     """
     planes = np.dstack([L_small, ab, guide_slope(L_small, ab)]).transpose(2, 0, 1)
     planes = [Image.fromarray(np.ascontiguousarray(plane)) for plane in planes]
@@ -590,8 +575,6 @@ def guided_upsampler(L_small: np.ndarray, ab: np.ndarray, width: int, height: in
         return np.stack([a + slope_a * detail, b + slope_b * detail], axis=-1)
     return enlarge
 
-
-# -------------------------------------------------------------------------- picture sheets
 
 def picture_sheet(tiles: list, columns: int, captions: list[str] | None = None,
                   side: int = 256) -> Image.Image:

@@ -21,8 +21,8 @@ from skimage import color
 
 import photo as photo_module
 from conftest import made_photo
-from photo import (FORMATS, ColorizeError, Photo, check_target, find_photos, gray_to_L, in_gamut,
-                   into_gamut, is_result, lab_to_rgb, made_with, ordered_map, printable,
+from photo import (FORMATS, ColorizeError, Photo, check_target, find_photos, in_gamut,
+                   into_gamut, is_result, lab_to_rgb, lightness, made_with, ordered_map, printable,
                    progress, read_pages, read_photo, rgb_to_lab, room_for, say, survey, tone_of,
                    write_atomically, write_photo)
 
@@ -54,11 +54,19 @@ def difference(image, expected, of=np.max) -> float:
     np.array(list(itertools.product([0, 1, 10, 11, 128, 254, 255], repeat=3)), np.uint8)])
 def test_lab_is_that_of_scikit_image_and_back(rgb):
     top = np.iinfo(rgb.dtype).max if rgb.dtype.kind == "u" else 1
-    lab, gray = rgb_to_lab(rgb), np.repeat(rgb[..., :1], 3, axis=-1)
+    lab = rgb_to_lab(rgb)
     assert np.abs(lab - color.rgb2lab(rgb / top)).max() < 0.01
-    assert np.abs(gray_to_L(rgb[..., 0]) - color.rgb2lab(gray / top)[..., 0]).max() < 0.01
     vivid = lab * np.float32([1, 1.2, 1.2])  # some of it outside the gamut
     assert np.abs(lab_to_rgb(vivid) - color.lab2rgb(vivid.astype(float))).max() < 1e-4
+
+
+@pytest.mark.parametrize("pixels", [noise(np.uint8, 40, 50), noise(np.uint16, 40, 50),
+                                    noise(np.uint8, 40, 50, 3)])
+def test_lightness_is_that_of_scikit_image(pixels):
+    rgb = pixels / np.iinfo(pixels.dtype).max
+    rgb = rgb if rgb.ndim == 3 else np.dstack([rgb] * 3)
+    L = lightness(Image.fromarray(pixels))
+    assert L.dtype == np.float32 and np.abs(L - color.rgb2lab(rgb)[..., 0]).max() < 0.01
 
 
 def linear(L, ab):
@@ -490,7 +498,7 @@ def test_transparency_that_a_format_cannot_hold_is_told(tmp_path):
     ("x.gif", (1, 1), "no picture format"), ("x.webp", (16384, 2), "16383"),
     ("x.jpg", (2, 131_000), "65500"), ("y" * 252 + ".png", (1, 1), "255 bytes"),
     ("é" * 126 + ".png", (1, 1), "255 bytes"), ("taken.png", (1, 1), "it is a folder"),
-    ("file/x.png", (1, 1), "file is no folder"), ("file/deeper/x.png", (1, 1), "is no folder")])
+    ("file/x.png", (1, 1), "file is none"), ("file/deeper/x.png", (1, 1), "file is none")])
 def test_what_cannot_be_written_is_said_before_the_work(tmp_path, place, size, words):
     (tmp_path / "taken.png").mkdir()
     (tmp_path / "file").touch()
