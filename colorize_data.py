@@ -1,4 +1,4 @@
-"""A folder of photographs -> arrays of Lab -> batches; the data command.
+"""A folder or archive of photographs -> arrays of Lab -> batches; the data command.
 
     python main.py data --source photos.zip        # import, build the arrays, report
 
@@ -6,32 +6,207 @@ DATA/train and DATA/val hold photographs, in class folders or not; DATA/processe
 made of them: train.npy and val.npy, a manifest (.json) of each, hashes.json, preview.png.
 """
 
+import bz2
 import contextlib
+import gzip
 import hashlib
+import io
 import json
+import lzma
 import os
+import re
 import shutil
+import stat
+import tarfile
+import tempfile
+import zipfile
 import zlib
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms.v2 import functional as transforms
 
-from importing import import_photos, in_validation
 from photo import (MIN_CHROMA, ColorizeError, content_hash, find_photos, lab_to_image,
                    lab_to_linear, ordered_map, picture_sheet, progress, read_photo,
                    rgb_to_lab, say, survey, write_atomically)
 
-ARRAY_FORMAT = 2    # of DATA/processed; a change rebuilds the arrays
+MAX_MEMBERS = 300_000   # files in an archive: seven times what our own network learned from
+MAX_MEMBER = 300 << 20  # bytes of a photograph: 100 megapixels of 8-bit RGB, not compressed
+MAX_RATIO = 200         # of all contents to the archive, from 1 MB on; photographs: 1 to 2
+# by the first bytes of the file
+PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+# a test set's photographs are as good for choosing the best epoch as any others
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val",
+          "test": "val"}
+
+ARRAY_FORMAT = 3    # of DATA/processed; a change rebuilds the arrays
 SIDE = 256          # stored photographs are SIDE x SIDE: 43,000 of them are 8.5 GB
 MIN_SIDE = 64       # smaller photographs, enlarged over four times, teach blur
-BLOCK = 4 << 20     # bytes under one checksum: 2,000 numbers for 8 GB
 # The smallest crop's share of the area is our own choice: what colour a thing has its
 # surroundings tell, and ImageNet's usual 8 % shows none; crops over half differ too little.
 MIN_CROP = 0.35
+
+
+# ------------------------------------------------------------------------------- importing
+
+class Bounded(io.BufferedReader):
+    """A stranger's file: at most `largest` bytes at once, and none far behind `bound`."""
+
+    def __init__(self, raw, largest: int, bound: float):
+        super().__init__(raw)
+        self.largest, self.bound, self.latest = largest, bound, b""
+
+    def read(self, size=-1):
+        # tarfile reads a header, and zipfile its list of members, whole, of any size
+        if not -1 <= size <= self.largest or self.tell() > self.bound:
+            raise ValueError("its headers are larger than those of photographs")
+        self.latest = super().read(self.largest if size == -1 else size)
+        return self.latest
+
+
+def members(source: Path, bound: float):
+    """(name, bytes, kind, file) of each member of a zip or a tar, packed or not."""
+    with open(source, "rb") as file:
+        start = file.read(6)
+    if start.startswith((b"PK\3\4", b"PK\5\6")):  # with members, without
+        largest = 100 * MAX_MEMBERS  # of the list: 46 bytes and a name each
+        with Bounded(io.FileIO(source), largest, bound) as file, \
+                zipfile.ZipFile(file) as archive:
+            for info in archive.infolist():
+                mode = stat.S_IFMT(info.external_attr >> 16)  # 0 where Windows packed it
+                plain = mode in (0, stat.S_IFREG)
+                kind = "folder" if info.is_dir() else "file" if plain else "other"
+                with archive.open(info) as member:  # which checks the CRC at its end
+                    yield info.filename, info.file_size, kind, member
+        return
+    openers = [opener for magic, opener in PACKED.items() if start.startswith(magic)]
+    # 1 MB of a header: macOS keeps icons there
+    with (openers or [io.FileIO])[0](source) as raw, Bounded(raw, 1 << 20, bound) as file, \
+            tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as archive:
+        while info := archive.next():
+            archive.members.clear()  # or all would stay in memory
+            plain = info.isfile() and not info.issparse()  # a hole costs no bytes
+            kind = "folder" if info.isdir() else "file" if plain else "other"
+            yield info.name, info.size, kind, archive.extractfile(info) if plain else None
+        # tarfile takes a damaged header for the end, which is two blocks of zeros or more
+        if file.latest != bytes(512) or file.read(1 << 20).strip(b"\0"):
+            raise ValueError("it ends too early")
+
+
+def unpack(source: Path, folder: Path) -> None:
+    """Unpack a zip or tar; ColorizeError at the first sign that it is hostile or broken."""
+    count, total, free = 0, 0, shutil.disk_usage(folder).free
+    bound = min(MAX_RATIO * max(source.stat().st_size, 1 << 20), free)
+    try:
+        for name, size, kind, member in members(source, bound):
+            count, total, reason = count + 1, total + size, ""
+            leads_out = name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name)
+            if kind == "other" or leads_out:
+                reason = "is a link or a device or leads out of the folder"
+            elif not 0 <= size <= MAX_MEMBER or count > MAX_MEMBERS or total > bound:
+                reason = (f"is number {count}, at {total >> 20} MB: more than photographs "
+                          "unpack to, or than is free")
+            if reason:
+                raise ColorizeError(f"--source {source}: '{name[:100]}' {reason}; nothing "
+                                    "was taken; unpack it yourself if you trust it")
+            if kind == "file" and size:  # nothing is no photograph
+                path = folder / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with open(path, "wb") as file:
+                    shutil.copyfileobj(member, file, 1 << 20)
+    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error,
+            lzma.LZMAError, tarfile.TarError) as error:  # RuntimeError: encrypted
+        reason = getattr(error, "strerror", "") or error
+        raise ColorizeError(f"--source {source}: no zip or tar, or it is damaged or "
+                            f"encrypted ({reason}); nothing was taken; get it again, or "
+                            "unpack it yourself and name the folder") from None
+
+
+def clear_imports(data: Path) -> None:
+    """Remove the folders that killed imports left; their process number is in the name."""
+    for path in data.glob(".import-*") if os.name == "posix" else ():
+        with contextlib.suppress(OSError, ValueError):  # somebody else's
+            try:
+                number = int(path.name.split("-")[1])
+                # our own number is no other's: in a container numbers come again
+                if number != os.getpid():
+                    os.kill(number, 0)  # signal 0 asks: does it run?
+                    continue
+            except ProcessLookupError:
+                pass
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def import_photos(source: Path, data: Path, val_fraction: float) -> None:
+    """Take the photographs of a zip, tar or folder into DATA/train and val, classes kept.
+
+    A set that comes with train and val (or test) folders stays split so; else the split is
+    by a hash of each content.
+    """
+    if not (source.is_file() or source.is_dir()):  # a pipe would never end
+        raise ColorizeError(f"--source {source}: no such file or folder; check the path")
+    inside, target = source.resolve(), data.resolve()
+    if source.is_dir() and target in (inside, *inside.parents):
+        raise ColorizeError(f"--source {source}: lies in --data {data}, which would be "
+                            "copied into itself; name another folder with --data")
+    clear_imports(data)
+    try:
+        data.mkdir(parents=True, exist_ok=True)
+        unpacked = tempfile.TemporaryDirectory(dir=data, prefix=f".import-{os.getpid()}-")
+    except OSError as error:
+        raise ColorizeError(f"--data {data}: cannot be written ({error.strerror}); name "
+                            "another folder") from None
+    with unpacked:
+        folder = source if source.is_dir() else Path(unpacked.name)
+        if folder != source:
+            say(f"unpacking {source}")
+            unpack(source, folder)
+        paths = find_photos(folder)
+        if inside in target.parents:  # DATA lies in it
+            paths = [path for path in paths if target not in path.resolve().parents]
+        # splits and classes begin below the deepest folder that holds all
+        top = Path(os.path.commonpath([path.parent for path in paths])) if paths else folder
+        for parent in (top, *top.parents):  # a set of which only train or val is there
+            if parent.name.lower() in SPLITS and folder in (parent, *parent.parents):
+                top = parent.parent
+        counts = Counter(import_photo(path, path.relative_to(top), data, val_fraction)
+                         for path in progress(paths, len(paths), f"import {source.name}"))
+    taken = ", ".join(f"{n} {what}" for what, n in counts.items()) or "no photograph"
+    say(f"imported {source}: {taken}")
+
+
+def import_photo(path: Path, name: Path, data: Path, val_fraction: float) -> str:
+    """Copy a photograph to DATA/train/NAME or DATA/val/NAME; returns what became of it.
+
+    Where another photograph has that name, in either split, its hash goes into the name.
+    """
+    try:
+        digest = content_hash(path)
+    except OSError:  # gone since it was listed, or not ours to read
+        return "unreadable"
+    split = "val" if in_validation(digest, val_fraction) else "train"
+    if len(name.parts) > 1 and name.parts[0].lower() in SPLITS:
+        split, name = SPLITS[name.parts[0].lower()], Path(*name.parts[1:])
+    for stem in (name.stem, f"{name.stem[:200]}-{digest[:8]}", digest):
+        name = name.with_stem(stem)
+        others = [data / other / name for other in ("train", "val")]
+        others = [other for other in others if other.exists()]
+        if not others:
+            write_atomically(data / split / name, partial(shutil.copyfile, path))
+            return split
+        # a camera gives one name, and BMP one size, to many photographs
+        if any(content_hash(other) == digest for other in others if other.is_file()):
+            break
+    return "already there"
+
+
+def in_validation(digest: str, fraction: float) -> bool:
+    """Whether a photograph is for validation: by its SHA-256, whatever others."""
+    return int(digest[:8], 16) < fraction * 16 ** 8
 
 
 # ------------------------------------------------------------------------------ the arrays
@@ -42,41 +217,31 @@ def prepare(data: Path, val_fraction: float | None = None,
 
     val_fraction: of train where there is no val; else as the arrays have it, or a tenth.
 
-    A manifest's "photographs" are [name, bytes, SHA-256, class or None], one for each row;
-    "left_out" holds the reason for each other name; "fingerprint" is of names and contents:
-    touching or copying the photographs changes nothing, one pixel does.
+    A manifest's "photographs" are [name, SHA-256, CRC-32 of the row, class or None], one
+    for each row; "left_out" holds the reason for each other name; "fingerprint" is of names
+    and contents: touching or copying the photographs changes nothing, one pixel does.
     """
     data, workers = Path(data), workers or os.cpu_count() or 1
     processed = data / "processed"
     if val_fraction is None:
         val_fraction = read_json(processed / "train.json").get("val_fraction", 0.1)
-    paths = {split: list_photos(data / split) for split in ("train", "val")}
-    if not paths["train"]:
+    digests = read_contents(data, workers)
+    if not any(name.startswith("train/") for name in digests):
         raise ColorizeError(no_photographs(data))
-    contents = read_contents(data, paths["train"] + paths["val"], workers)
-    check_overlap(data, contents)
+    own_val = any(name.startswith("val/") for name in digests)
     # a fraction matters only where there is no val
-    key = [ARRAY_FORMAT, SIDE, None if paths["val"] else val_fraction,
-           [[name, digest] for name, (*_, digest) in contents.items()]]
-    header = {"format": ARRAY_FORMAT, "val_fraction": val_fraction,
+    key = [ARRAY_FORMAT, SIDE, None if own_val else val_fraction, [*digests.items()]]
+    header = {"val_fraction": val_fraction,
               "fingerprint": hashlib.sha256(json.dumps(key).encode()).hexdigest()}
     manifests = {split: read_manifest(processed / f"{split}.npy", header, workers)
-                 for split in paths}
+                 for split in ("train", "val")}
     if not all(manifests.values()):
-        manifests = build_arrays(data, contents, header, workers)
+        manifests = build_arrays(data, digests, header, workers, own_val)
     if not manifests["train"]["photographs"]:  # also where the arrays were built before
         reasons = Counter(manifests["train"]["left_out"].values()).items()
         raise ColorizeError(f"no usable colour photograph below {data / 'train'}: "
                             + ", ".join(f"{count} {reason}" for reason, count in reasons))
     return manifests
-
-
-def list_photos(folder: Path) -> list[Path]:
-    """Every photograph below a folder; what was passed over is said."""
-    found, passed_over = survey(folder) if folder.is_dir() else ([], {})
-    for reason, paths in passed_over.items():
-        say(f"{len(paths)} passed over, {reason}: {some(paths)}")
-    return found
 
 
 def some(names: list) -> str:
@@ -85,8 +250,6 @@ def some(names: list) -> str:
 
 def no_photographs(data: Path) -> str:
     """What to say where DATA/train holds no photograph."""
-    if not data.is_dir():
-        return f"--data {data}: no such folder; name one that holds train/ (and val/)"
     elsewhere = [path for path in find_photos(data) if path.parent != data / "processed"]
     if elsewhere:
         return (f"no photograph below {data / 'train'}, but {len(elsewhere)} elsewhere in "
@@ -107,7 +270,6 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write a dict of plain values, and a checksum of them."""
     text = json.dumps(content | {"checksum": of_json(content)})
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
@@ -116,100 +278,86 @@ def of_json(content: dict) -> int:
     return zlib.crc32(json.dumps(content).encode())
 
 
-def read_contents(data: Path, paths: list[Path], workers: int) -> dict:
-    """{name: [bytes, time, SHA-256]} of photographs; the last is "" for what is unreadable.
+def read_contents(data: Path, workers: int) -> dict[str, str]:
+    """{name: SHA-256} of the photographs of train and val; "" for what is unreadable.
 
     A hash in hashes.json holds as long as name, size and time do: the second start need not
     read 43,000 photographs (9 GB) again.
     """
-    book = data / "processed" / "hashes.json"
+    book, paths = data / "processed" / "hashes.json", []
+    for folder in (data / "train", data / "val"):
+        found, passed_over = survey(folder) if folder.is_dir() else ([], {})
+        paths += found
+        for reason, names in passed_over.items():
+            say(f"{len(names)} passed over, {reason}: {some(names)}")
     known = read_json(book)
 
     def content_of(path):
         name = path.relative_to(data).as_posix()
         try:
             status = path.stat()
-            state = [status.st_size, status.st_mtime_ns]
-            if known.get(name, [])[:2] == state:
-                return name, known[name]
-            return name, [*state, content_hash(path)]
+            key = f"{status.st_size} {status.st_mtime_ns} {name}"
+            return name, key, known.get(key) or content_hash(path)
         except OSError:  # gone since it was listed, or not ours to read
-            return name, [0, 0, ""]
+            return name, "", ""
     found = ordered_map(content_of, paths, workers)
-    contents = dict(progress(found, len(paths), "photographs"))
-    if contents != known:
-        write_json(book, contents)
-    return contents
-
-
-def check_overlap(data: Path, contents: dict) -> None:
-    """ColorizeError if a photograph is in both train and val (equal content)."""
-    train = {digest: name for name, (*_, digest) in contents.items()
-             if digest and name.startswith("train/")}
-    for name, (*_, digest) in contents.items():
-        if digest in train and name.startswith("val/"):
+    found = list(progress(found, len(paths), "photographs"))
+    now_known = {key: digest for _, key, digest in found}
+    if now_known != known:
+        write_json(book, now_known)
+    digests = {name: digest for name, _, digest in found}
+    train = {digest: name for name, digest in digests.items() if name.startswith("train/")}
+    for name, digest in digests.items():
+        if digest in train and digest and name.startswith("val/"):
             raise ColorizeError(f"{data / train[digest]} and {data / name} are the same "
                                 "photograph, in train and in val; delete one, or scores "
                                 "will flatter")
+    return digests
 
 
 def read_manifest(array: Path, header: dict, workers: int) -> dict:
     """A split's manifest if its array is of these photographs and whole, else {}."""
     manifest = read_json(array.with_suffix(".json"))
     same = manifest.get("fingerprint") == header["fingerprint"]
-    with contextlib.suppress(OSError):
-        if same and checksums(array, workers) == manifest["checksums"]:
-            return manifest
+    with contextlib.suppress(OSError, ValueError, BufferError):
+        if same:
+            # reading all of it takes seconds, and training then finds it in memory
+            stored = np.load(array, mmap_mode="r")
+            sums = [*ordered_map(zlib.crc32, stored, workers)]
+            expected = [checksum for _, _, checksum, _ in manifest["photographs"]]
+            if stored.dtype == np.uint8 and sums == expected:
+                return manifest
     if array.exists():
         reason = "it is damaged" if same else "the photographs have changed"
         say(f"{array}: {reason}; building the arrays again")
     return {}
 
 
-def checksums(path: Path, workers: int) -> list[int]:
-    """CRC-32 of each block of a file, header and all: 3 GB/s a core.
-
-    So it costs what reading costs, 8 GB in about 5 s from memory; and where they come from
-    a disk the time is not lost: training finds them in memory.
-    """
-    def checksum(start):
-        with open(path, "rb") as file:
-            file.seek(start)
-            return zlib.crc32(file.read(BLOCK))
-    return [*ordered_map(checksum, range(0, path.stat().st_size, BLOCK), workers)]
-
-
-def build_arrays(data: Path, contents: dict, header: dict, workers: int) -> dict:
+def build_arrays(data: Path, digests: dict, header: dict, workers: int,
+                 own_val: bool) -> dict:
     """Write both arrays; part of train is set aside where there is no val: manifests."""
-    processed = data / "processed"
-    need, free = len(contents) * SIDE * SIDE * 3, shutil.disk_usage(data).free
-    if need > free:
-        raise ColorizeError(f"{processed}: the arrays need {need / 1e9:.1f} GB and "
-                            f"{free / 1e9:.1f} GB are free; make room, or put --data "
-                            "elsewhere")
-
     def build(aside):
         sides = {"train": {}, "val": {}}
-        for name, content in contents.items():
-            in_val = name.startswith("val/") or content[-1] in aside
-            sides["val" if in_val else "train"][data / name] = [name, *content]
-        return {split: build_array(processed / f"{split}.npy", files, header, workers)
-                for split, files in sides.items()}
-    if any(name.startswith("val/") for name in contents):
+        for name, digest in digests.items():
+            in_val = name.startswith("val/") or digest in aside
+            sides["val" if in_val else "train"][data / name] = name, digest
+        return {split: build_array(data / "processed" / f"{split}.npy", files, header,
+                                   workers) for split, files in sides.items()}
+    if own_val:
         return build(set())
-    aside = set_aside([digest for *_, digest in contents.values()], header["val_fraction"])
+    aside = set_aside(digests.values(), header["val_fraction"])
     manifests = build(aside)
-    usable = [digest for manifest in manifests.values()
-              for _, _, digest, _ in manifest["photographs"]]
+    usable = {photograph[1] for manifest in manifests.values()
+              for photograph in manifest["photographs"]}
     chosen = set_aside(usable, header["val_fraction"])
-    if chosen != aside.intersection(usable):  # few photographs: those aside were left out
+    if chosen != aside & usable:  # few photographs: those aside were left out
         manifests = build(chosen)
     say(f"no photographs in {data / 'val'}: {len(manifests['val']['photographs'])} of "
         f"{data / 'train'} are set aside for validation, by a hash of their content")
     return manifests
 
 
-def set_aside(digests: list[str], fraction: float) -> set[str]:
+def set_aside(digests, fraction: float) -> set[str]:
     """Which contents are for validation: a share of all, one at least, never all."""
     digests = sorted(set(filter(None, digests)))  # a share of them are the smallest
     count = sum(in_validation(digest, fraction) for digest in digests)
@@ -251,7 +399,7 @@ def lab_square(path: Path) -> tuple[np.ndarray | None, str]:
 def build_array(array: Path, files: dict, header: dict, workers: int) -> dict:
     """Write a split's array, then its manifest, which begins with `header`; returns that.
 
-    files: {path: [name, bytes, time, hash]}. Rows are streamed: memory does not grow.
+    files: {path: (name, hash)}. Rows are streamed: memory does not grow.
     """
     photographs, left_out, manifest_path = [], {}, array.with_suffix(".json")
 
@@ -261,21 +409,20 @@ def build_array(array: Path, files: dict, header: dict, workers: int) -> dict:
             file.seek(128)  # the header comes when the number of rows is known
             squares = ordered_map(lab_square, files, workers)
             squares = progress(squares, len(files), f"{array.stem} arrays")
-            for (name, size, _, digest), (lab, reason) in zip(files.values(), squares):
+            for (name, digest), (lab, reason) in zip(files.values(), squares):
                 if lab is None:
                     left_out[name] = reason
                     continue
                 file.write(lab.tobytes())
                 # train/rose/1.png is of class rose, train/1.png of none
                 label = name.split("/")[1] if name.count("/") > 1 else None
-                photographs.append([name, size, digest, label])
+                photographs.append([name, digest, zlib.crc32(lab.tobytes()), label])
             file.seek(0)
             shape = (len(photographs), SIDE, SIDE, 3)
             np.lib.format.write_array_header_1_0(
                 file, {"descr": "|u1", "fortran_order": False, "shape": shape})
     write_atomically(array, write)
-    manifest = header | {"photographs": photographs, "left_out": left_out,
-                         "checksums": checksums(array, workers)}
+    manifest = header | {"photographs": photographs, "left_out": left_out}
     for line in left_out_reasons(manifest):
         say(f"{array.stem}: {line}")
     write_json(manifest_path, manifest)  # last: a killed build never looks finished
@@ -385,22 +532,13 @@ def old_photograph(lab: torch.Tensor, random: np.random.Generator) -> torch.Tens
 
     A network that has seen clean lightness alone takes grain and faded blacks for things.
     """
-    L = aged(film_lightness(lab, random), random)
-    # grain of the film and noise of the scan: up to 3 of L
-    amount = np.float32(random.uniform(0, 0.03))
-    L = L + amount * random.standard_normal(L.shape, np.float32)
-    return torch.cat([torch.from_numpy(to_stored(L))[None], lab[1:]])
-
-
-def film_lightness(lab: torch.Tensor, random: np.random.Generator) -> np.ndarray:
-    """L (H, W), 0..1, that a random lens, film and paper make of stored Lab (3, H, W)."""
     # early films are blind to red, later ones stood behind filters: any mixture of light
     mixture = random.dirichlet([2.0, 2.0, 2.0]).astype(np.float32)
-    lab = decode_lab(lab.permute(1, 2, 0).numpy())
-    light = np.clip(lab_to_linear(lab[..., 0], lab[..., 1:]) @ mixture, 0, 1)
-    # CIE L*: for white light, whatever the mixture, L is what it was
+    L, ab = np.split(decode_lab(lab.permute(1, 2, 0).numpy()), [1], axis=-1)
+    light = np.clip(lab_to_linear(L[..., 0], ab) @ mixture, 0, 1)
+    # CIE L*, 0..1: for white light, whatever the mixture, L is what it was
     L = np.where(light > 0.008856, 1.16 * np.cbrt(light) - np.float32(0.16), 9.033 * light)
-    curve, blur, vignette = random.uniform(size=3) < [0.7, 0.4, 0.3]
+    curve, blur, vignette, faded = random.uniform(size=4) < [0.7, 0.4, 0.3, 0.6]
     if curve:  # hard and soft papers, over- and underexposed, as often darker as lighter
         L = np.clip(L, 0, 1) ** np.float32(np.exp(random.uniform(np.log(0.6), np.log(1.6))))
     if blur:  # a radius in pixels of the sample: of a scan of 2,000 pixels 5 to 20
@@ -409,30 +547,12 @@ def film_lightness(lab: torch.Tensor, random: np.random.Generator) -> np.ndarray
     if vignette:  # light falls off with the square of the distance: corners lose 10 to 40 %
         y, x = (np.linspace(-1, 1, side, dtype=np.float32) ** 2 for side in L.shape)
         L = L * (1 - np.float32(random.uniform(0.05, 0.2)) * (y[:, None] + x))
-    return L
-
-
-def aged(L: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """What time does to the lightness (H, W), 0..1, of a print."""
-    blotched, faded, scratched = random.uniform(size=3) < [0.3, 0.6, 0.15]
-    if blotched:  # damp and uneven paper: smooth stains, a sixth of the picture wide
-        coarse = random.normal(0, random.uniform(0.01, 0.05), (6, 6)).astype(np.float32)
-        stains = Image.fromarray(coarse).resize(L.shape[::-1], Image.Resampling.BICUBIC)
-        L = L + np.asarray(stains)
     if faded:  # blacks are lifted, whites lowered
         low, high = random.uniform(0, 0.2), random.uniform(0.8, 1)
         L = low + (high - low) * L
-    return scratch(L, random) if scratched else L
-
-
-def scratch(L: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """L (H, W), 0..1, under one to four lines a pixel wide, of any gray."""
-    drawn = Image.fromarray(to_stored(L))
-    for _ in range(random.integers(1, 5)):
-        x, y, x_end, y_end = random.uniform(0, drawn.size * 2)
-        x_end = x + (x_end - x) * random.uniform()  # rather upright: along the film's way
-        ImageDraw.Draw(drawn).line((x, y, x_end, y_end), int(random.integers(256)), 1)
-    return np.asarray(drawn, np.float32) / 255
+    # grain of the film and noise of the scan: up to 3 of L
+    L = L + random.uniform(0, 0.03) * random.standard_normal(L.shape, np.float32)
+    return torch.cat([torch.from_numpy(to_stored(L))[None], lab[1:]])
 
 
 def to_stored(L: np.ndarray) -> np.ndarray:
@@ -482,41 +602,20 @@ def data(*, data: Path = Path("data/input"), source: Path | None = None,
     say(f"classes: {classes or 'none (no class folders)'}", result=True)
     dataset = ColorizeData([processed / "train.npy"], train=True)
     histogram, _ = count_colors(dataset)
-    print_colors(histogram)
-    write_preview(processed / "preview.png", dataset, histogram)
-    say(f"{processed / 'preview.png'}: samples as the network sees them (L, ab at L 60, "
-        "colour) and the histogram of ab", result=True)
-
-
-def print_colors(histogram: np.ndarray) -> None:
-    """Mean and spread of a and b, from their counts (256, 256).
-
-    A set whose mean is far from gray, or whose spread is under 10, teaches few colours.
-    """
-    axis, total = np.arange(-128, 128), histogram.sum()
+    # a set whose mean is far from gray, or whose spread is under 10, teaches few colours
     for name, marginal in (("a", histogram.sum(1)), ("b", histogram.sum(0))):
-        mean = (marginal * axis).sum() / total
-        spread = np.sqrt((marginal * (axis - mean) ** 2).sum() / total)
+        share, axis = marginal / marginal.sum(), np.arange(-128, 128)
+        mean = share @ axis
+        spread = np.sqrt(share @ (axis - mean) ** 2)
         say(f"{name}*: mean {mean:.1f}, spread {spread:.1f}", result=True)
-
-
-def ab_histogram(counts: np.ndarray) -> Image.Image:
-    """Counts (256, 256) of stored a and b as a picture: a right, b up."""
-    # grays are a thousand times as many as any vivid colour: a logarithm shows both
-    share = np.log1p(counts) / np.log1p(max(counts.max(), 1))
-    b, a = np.meshgrid(np.arange(127, -129, -1.0), np.arange(-128, 128.0), indexing="ij")
-    ab = np.stack([a, b], axis=-1).astype(np.float32)
-    return lab_to_image((share.T[::-1] * 75).astype(np.float32), ab)
-
-
-def write_preview(path: Path, dataset: ColorizeData, histogram: np.ndarray) -> None:
-    """Eight samples as L | ab at L 60 | colour, and the histogram of ab."""
+    tiles = []  # eight samples in two columns
     stored, _ = dataset.__getitems__(range(min(8, len(dataset))))
-    tiles = []
     for lab in decode_lab(stored.permute(0, 2, 3, 1).numpy()):
         L, ab = lab[..., 0], lab[..., 1:]
         level = np.full_like(L, 60)  # most hues have their most vivid sRGB colour near L 60
         tiles += [lab_to_image(L, 0 * ab), lab_to_image(level, ab), lab_to_image(L, ab)]
-    captions = ["L", "ab at L 60", "colour"] * (len(tiles) // 3) + ["histogram of ab"]
-    sheet = picture_sheet(tiles + [ab_histogram(histogram)], 6, captions, 192)
-    write_atomically(path, lambda name: sheet.save(name, "PNG"))
+    captions = ["L", "ab at L 60", "colour"] * (len(tiles) // 3)
+    sheet = picture_sheet(tiles, 6, captions, 192)
+    write_atomically(processed / "preview.png", lambda name: sheet.save(name, "PNG"))
+    say(f"{processed / 'preview.png'}: samples as the network sees them (L, ab at L 60, "
+        "colour)", result=True)

@@ -1,49 +1,67 @@
-"""What moves colours after the network: moods, the mean colour, a reference, hints.
+"""What moves colours after the network: variants, moods, mean colour, reference, hints.
 
-All act on the network's prediction at working resolution, before it is brought to full size.
+All act on the prediction at working resolution, before it is brought to full size: on the
+distribution over colours where the network gives one (bins), else on ab itself.
 """
 
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, ImageFilter
 
-from basic_model import ColorNet, upsample
-from photo import (FlagError, into_gamut, lightness, read_photo, rgb_to_lab, spread_of,
-                   working_copy)
+from photo import (ColorizeError, FlagError, into_gamut, lightness, read_photo, rgb_to_lab,
+                   spread_of, working_copy)
 
-HINT_SIGMA, HINT_MU = 0.02, 1e-4  # of the hints' spreading: L difference in 0..1; pull to zero
+# how far a hint spreads, found by eye on textured photographs: twice as much lightness
+# reaches over the outline, a weaker pull to the prediction over nearly all of a photograph
+HINT_SIGMA = 0.02     # difference of lightness (0..1) that counts as an edge
+HINT_MU = 1e-4        # pull to the prediction
+HINT_PULL = 1e-2      # pull of what is alike to what a hint asks: through texture and grain
+HINT_UNLIKE, HINT_HOLD = 0.15, 3e-3  # what is less alike is held at the prediction
+HINT_REACH = 0.5      # power of the likeness: an object varies more than its neighbours do
+HINT_RADIUS = 2.5     # pixels of the disc that a hint fixes, at working resolution
+DAB_CHROMA = 14       # ab units by which a dab differs; JPEG's noise is less
+DAB_LIGHTNESS = 12    # L units by which a gray dab does
+# a variant tilts each place's colours by about this share of the standard deviation of its
+# own distribution, and not at all where that is under 6 ab units: skin, sky, grass are known
+VARIANT_TILT, VARIANT_CERTAIN, VARIANT_OPEN = 0.7, 6.0, 14.0
+VARIANT_ROUNDS = 10   # of the likeness: after these an object has one colour
 
 
 class Controls(NamedTuple):
     """What is wanted of the colours, in plain numbers; the neutral ones change no bit."""
     saturation: float = 1.0
-    vividness: float = 1.0
     shift: tuple[float, float] | None = None   # of the mean ab
     target: tuple[float, float] | None = None  # the mean ab itself
     spread: float | None = None                # rms of ab about its mean, of a reference
-    strength: float = 1.0
-    hints: tuple = ()                          # (x, y, a, b) each
+    strength: float = 1.0                      # of variant, shift, target and spread
+    variant: int = 0                           # seed of another colouring; 0 for none
+    hints: tuple = ()                          # (x, y, a, b) each, pixels of the photograph
+    dabs: Image.Image | None = None            # a copy with colours dabbed on it
 
 
+# mean ab to add, chosen by eye: a shift of 8 is seen at a glance, one of 16 is a tint
 MOODS = {
     "warm": Controls(1.05, shift=(3, 8)),
     "cool": Controls(0.95, shift=(-3, -8)),
-    "golden": Controls(1.15, shift=(5, 14)),
-    "moonlight": Controls(0.6, shift=(0, -13)),
-    "vintage": Controls(0.7, shift=(4, 7)),
+    "golden": Controls(1.15, shift=(5, 14)),    # an hour before sunset
+    "moonlight": Controls(0.6, shift=(0, -13)),  # the eye sees few colours then, blue ones
+    "vintage": Controls(0.7, shift=(4, 7)),     # a faded print of the sixties
     "muted": Controls(0.6),
     "vivid": Controls(1.5),
-    "sepia": Controls(0.15, shift=(5, 16)),
+    "sepia": Controls(0.15, shift=(5, 16)),     # the brown of toned prints
 }
 
+
+# -------------------------------------------------------------------------------- the flags
 
 def hex_to_ab(text: str, flag: str) -> tuple[float, float]:
     """ab of "#rrggbb"."""
     try:
         red, green, blue = ImageColor.getrgb(text.strip())[:3]
+        if max(red, green, blue) > 255:  # rgb(300,0,0) passes Pillow
+            raise ValueError
     except ValueError:
         raise FlagError(f"{flag}: '{text.strip()}' is no colour; write #rrggbb") from None
     return tuple(rgb_to_lab(np.array([red, green, blue], np.uint8))[1:].tolist())
@@ -51,7 +69,7 @@ def hex_to_ab(text: str, flag: str) -> tuple[float, float]:
 
 def read_mean_color(text: str) -> tuple[float, float]:
     """--mean_color: "#rrggbb" or "a,b"."""
-    if "," not in text:
+    if text.count(",") != 1:
         return hex_to_ab(text, "--mean_color")
     try:
         a, b = (float(part) for part in text.split(","))
@@ -62,32 +80,42 @@ def read_mean_color(text: str) -> tuple[float, float]:
     raise FlagError(f"--mean_color {text}: write #rrggbb, or a,b, both within -128..128")
 
 
-def read_hints(text: str) -> tuple:
-    """--hints "x,y,#rrggbb; ..." as (x, y, a, b) each."""
+def read_hints(text: str) -> tuple[tuple, Image.Image | None]:
+    """--hints: "x,y,#rrggbb; ...", a text file of these, or a dabbed copy; points and
+    copy."""
+    path = Path(text)
+    if text and "," not in path.name:  # points have commas, names of files seldom
+        if path.suffix.lower() != ".txt":
+            return (), read_photo(path).image.convert("RGB")
+        try:
+            text = path.read_text(encoding="utf-8-sig").replace("\n", ";")
+        except (OSError, ValueError):
+            raise ColorizeError(f"--hints {path}: cannot be read as text; write "
+                                "x,y,#rrggbb in each line") from None
     hints = []
     for part in filter(str.strip, text.split(";")):
         try:
             x, y, color = part.split(",", 2)
             x, y = int(x), int(y)
         except ValueError:
-            raise FlagError(f"--hints '{part.strip()}': write x,y,#rrggbb; x,y,#rrggbb") from None
+            raise FlagError(f"--hints '{part.strip()}': write x,y,#rrggbb; "
+                            "x,y,#rrggbb") from None
         hints.append((x, y, *hex_to_ab(color, "--hints")))
-    return tuple(hints)
+    return tuple(hints), None
 
 
-def read_controls(mood=None, mean_color=None, reference=None, strength=1.0, saturation=None,
-                  vividness=None, hints=None) -> Controls:
-    """The colour flags as Controls; FlagError for contradictions and values out of range."""
+def read_controls(mood: str | None = None, mean_color: str | None = None,
+                  reference: str | None = None, strength: float = 1.0,
+                  saturation: float | None = None, hints: str | None = None,
+                  variant: int = 0) -> Controls:
+    """The colour flags as Controls; FlagError where they contradict each other."""
     flags = {"mood": mood, "mean_color": mean_color, "reference": reference}
     given = [f"--{name}" for name, value in flags.items() if value is not None]
     if len(given) > 1:
         raise FlagError(f"{' and '.join(given)} contradict each other: give one")
-    if strength != 1 and not given:
-        raise FlagError("--strength is that of --mood, --mean_color or --reference: give one")
-    for name, value, low, high in (("strength", strength, 0, 1), ("saturation", saturation, 0, 4),
-                                   ("vividness", vividness, 0.1, 10)):
-        if value is not None and not low <= value <= high:
-            raise FlagError(f"--{name} {value:g}: must be {low:g}..{high:g}")
+    if strength != 1 and not given and not variant:
+        raise FlagError("--strength is that of --mood, --mean_color, --reference or "
+                        "--variant: give one")
     if mood is not None and mood not in MOODS:
         raise FlagError(f"--mood {mood}: choose one of {', '.join(MOODS)}")
     bundle = MOODS[mood] if mood else Controls()
@@ -96,78 +124,74 @@ def read_controls(mood=None, mean_color=None, reference=None, strength=1.0, satu
         small = working_copy(read_photo(Path(reference)).image, 128).convert("RGB")
         ab = rgb_to_lab(np.asarray(small))[..., 1:]
         target, spread = tuple(ab.mean(axis=(0, 1)).tolist()), spread_of(ab)
-    return Controls(  # explicit flags override a mood's own, which strength scales
+    points, dabs = read_hints(hints or "")
+    return Controls(  # an explicit saturation overrides a mood's own, which strength scales
         1 + strength * (bundle.saturation - 1) if saturation is None else saturation,
-        1.0 if vividness is None else vividness,
-        bundle.shift, target, spread, strength, read_hints(hints or ""))
+        bundle.shift, target, spread, strength, variant, points, dabs)
 
 
-def apply_controls(model: ColorNet, prediction: np.ndarray, L: np.ndarray,
-                  controls: Controls) -> tuple[np.ndarray, np.ndarray | None]:
-    """ab (h, w, 2) and the mean ab wanted, or None, from predict's for one photograph L (h, w).
+# --------------------------------------------------------------------------------- variants
 
-    The order: (vividness is in the prediction,) saturation, then reference, mean or mood.
+def vary(log_probability: np.ndarray, bins: np.ndarray, likeness: np.ndarray, places: tuple,
+         temperature: float, controls: Controls) -> np.ndarray:
+    """Another plausible colouring: log-probabilities (Q, h, w) with whole objects tilted.
+
+    A random field in R^2 over the coarse `places` (rows, columns), made alike where places
+    are alike (likeness (P, P), rows sum to one), is added as a tilt lambda . c, measured in
+    each place's own standard deviations. Colours that the network finds unlikely stay so.
     """
-    bins = model.arguments["head"] == "bins"
-    colors = model.bins.cpu().numpy() * model.saturation if bins else None
+    random = np.random.default_rng([controls.variant, 7])
+    field = random.standard_normal((likeness.shape[0], 2)).astype(np.float32)
+    for _ in range(VARIANT_ROUNDS):
+        field = likeness @ field
+        field -= field.mean(axis=0)
+        field /= np.maximum(np.sqrt((field ** 2).mean()), 1e-6)
+    shape = log_probability.shape[1:]
+    field = np.stack([resize(plane, shape) for plane in field.T.reshape(2, *places)])
+    # the spread of ab of the distribution that makes the colour, at each place
+    annealed = np.exp((log_probability - log_probability.max(axis=0)) / temperature)
+    annealed /= annealed.sum(axis=0)
+    mean = np.einsum("qhw,qc->chw", annealed, bins)
+    square = np.einsum("qhw,q->hw", annealed, (bins ** 2).sum(axis=1))
+    deviation = np.sqrt(np.maximum(square - (mean ** 2).sum(axis=0), 1.0))
+    # 0 where the network is certain, 1 where it is open; between them a smooth step
+    free = np.clip((deviation - VARIANT_CERTAIN) / (VARIANT_OPEN - VARIANT_CERTAIN), 0, 1)
+    free = free * free * (3 - 2 * free)
+    # a tilt lambda moves a mean by covariance . lambda: this one by about VARIANT_TILT
+    # deviations; alike places by the same, or a wall would be spotted
+    gain = resize_down(free / deviation, places).flatten()
+    gain = resize((likeness @ gain).reshape(places), shape)
+    gain = np.minimum(gain, free / VARIANT_CERTAIN)
+    by = controls.strength * VARIANT_TILT * gain * np.clip(field, -2, 2)
+    tilted = log_probability + temperature * np.einsum("chw,qc->qhw", by, bins)
+    # over 5 % of the likeliest
+    likely = log_probability > log_probability.max(axis=0) - 3
+    unlikely = log_probability - 20 * controls.strength * free  # as they were where certain
+    return np.where(likely, tilted, unlikely).astype(np.float32)
 
-    def decode(values, factor):
-        ab = torch.from_numpy(values)[None]
-        if colors is not None:
-            ab = upsample(torch.einsum("nqhw,qc->nchw", ab, torch.from_numpy(colors)), L.shape)
-        return (ab[0].permute(1, 2, 0) * factor).numpy()
-    factor = controls.saturation
-    plain = decode(prediction, factor)
-    if not controls.strength or controls.shift is None and controls.target is None:
-        return plain, None
-    present = into_gamut(L, plain)
-    if controls.spread is not None:
-        ratio = np.clip(controls.spread / max(spread_of(present), 1e-3), 0.25, 4)
-        factor = factor * float(ratio) ** controls.strength
-    mean = present.mean(axis=(0, 1))
-    goal = mean + np.array(controls.shift) if controls.shift else np.array(controls.target)
-    wanted = mean + controls.strength * (goal - mean)
-    tilting = colors is not None and factor >= 0.3  # under that little is left to tilt: a tint
-    return move_mean(prediction, L, colors * factor if tilting else None,
-                     lambda values: decode(values, factor), wanted), wanted
+
+def resize(plane: np.ndarray, shape: tuple) -> np.ndarray:
+    """A float32 plane (h, w), bilinear, to another shape (H, W)."""
+    image = Image.fromarray(np.ascontiguousarray(plane, np.float32))
+    return np.asarray(image.resize(shape[::-1], Image.Resampling.BILINEAR))
 
 
-def move_mean(prediction: np.ndarray, L: np.ndarray, colors: np.ndarray | None,
-              decode, target: np.ndarray) -> np.ndarray:
-    """ab (h, w, 2) whose mean, once in gamut, is the target (2,) or as near as can be.
+def resize_down(plane: np.ndarray, places: tuple) -> np.ndarray:
+    """The means of a float32 plane (h, w) over coarse places (rows, columns)."""
+    image = Image.fromarray(np.ascontiguousarray(plane, np.float32))
+    return np.asarray(image.resize(places[::-1], Image.Resampling.BOX))
 
-    A bins prediction (Q, h/4, w/4) is tilted, with the colors (Q, 2) that decode knows; an ab one
-    (2, h, w), colors None, shifted, fading to nothing at black and white of L (h, w). Gamut takes
-    some of the mean away: up to 5 rounds add what is missing to what is asked for.
-    """
-    best = plain = decode(prediction)
-    asked, vector, nearest = np.array(target, np.float64), None, np.inf
-    fade = np.clip(4 * (L / 100) * (1 - L / 100), 0, 1)[..., None]
-    for _ in range(6):
-        if colors is None:
-            shift = (asked - plain.mean(axis=(0, 1))) / max(fade.mean(), 1e-3)
-            ab = plain + fade * shift.astype(np.float32)
-        else:
-            flat = prediction.reshape(len(prediction), -1).T
-            moved, vector = tilt(flat, colors, asked, vector)
-            ab = decode(moved.T.reshape(prediction.shape).astype(np.float32))
-        missing = target - into_gamut(L, ab).mean(axis=(0, 1))
-        if np.linalg.norm(missing) < nearest:
-            nearest, best = np.linalg.norm(missing), ab
-        if nearest < 0.1:
-            break
-        asked = asked + missing
-    return best
 
+# --------------------------------------------------------------------- mean colour and moods
 
 def tilt(probability: np.ndarray, colors: np.ndarray, target: np.ndarray,
          start: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Move the mean colour of distributions by the smallest change in relative entropy.
 
-    probability (P, Q), colors (Q, 2), target (2,): p'(q) ~ p(q) exp(lambda . c_q) with one lambda
-    for all P, by Newton with step control on the convex mean log-partition less lambda . target,
-    whose gradient is (mean - target) and whose Hessian is the mean covariance. Returns p' and
-    lambda. Out of reach: the nearest that was found.
+    probability (P, Q), colors (Q, 2), target (2,): p'(q) ~ p(q) exp(lambda . c_q) with one
+    lambda for all P, by Newton with step control on the convex mean log-partition less
+    lambda . target, whose gradient is (mean - target) and whose Hessian is the mean
+    covariance. Returns p' and lambda. Out of reach: the nearest that was found.
     """
     probability, colors = probability.astype(np.float64), colors.astype(np.float64)
     products = np.einsum("qi,qj->qij", colors, colors).reshape(-1, 4)
@@ -180,15 +204,16 @@ def tilt(probability: np.ndarray, colors: np.ndarray, target: np.ndarray,
         value = float(np.log(total).mean() + exponent.max() - vector @ target)
         return weighted / total, value
     current, value = tilted(vector)
-    for _ in range(50):
+    for _ in range(50):  # 1 to 4 are enough where the target can be reached
         means = current @ colors
         gradient = means.mean(axis=0) - target
         if np.linalg.norm(gradient) < 0.02:
             break
-        covariance = (current @ products).mean(axis=0).reshape(2, 2) - means.T @ means / len(means)
+        covariance = (current @ products).mean(axis=0).reshape(2, 2)
+        covariance -= means.T @ means / len(means)
         step = np.linalg.solve(covariance + 1e-4 * np.eye(2), gradient)
-        step *= min(1.0, 0.2 / np.linalg.norm(step))  # exp(0.2 * 110) is already the whole range
-        for _ in range(20):
+        step *= min(1.0, 0.2 / np.linalg.norm(step))  # exp(0.2 * 110) is all the range
+        for _ in range(20):  # halved until the value falls enough (Armijo)
             trial, trial_value = tilted(vector - step)
             if trial_value < value - 1e-4 * (step @ gradient):
                 break
@@ -199,24 +224,155 @@ def tilt(probability: np.ndarray, colors: np.ndarray, target: np.ndarray,
     return current, vector
 
 
-def propagate_hints(L: np.ndarray, ab: np.ndarray, hints: list) -> np.ndarray:
-    """Spread hints (x, y, a, b), pixels of L (h, w), over what is like them around; returns ab.
+def shift(ab: np.ndarray, L: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """ab (h, w, 2) with its mean moved to the target (2,), by nothing at black and
+    white."""
+    fade = np.clip(4 * (L / 100) * (1 - L / 100), 0, 1)[..., None]
+    by = (target - ab.mean(axis=(0, 1))) / max(fade.mean(), 1e-3)
+    return ab + fade * by.astype(np.float32)
 
-    Minimizes sum w_rs (d_r - d_s)^2 + mu sum d^2 over neighbours r, s for d, the difference from
-    the prediction ab (h, w, 2), fixed on what is like the hint of a 5-pixel disc there; w_rs =
-    exp(-(L_r - L_s)^2 / 2 sigma^2), at least 1e-6. After Levin, Lischinski and Weiss 2004, in a
-    form that is solved in time.
+
+def reach_mean(move, L: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """move(asked) -> ab (h, w, 2), asked so that the mean in gamut is the target (2,).
+
+    Gamut takes some of a mean away: up to 5 rounds ask for what is missing on top.
+    """
+    asked, best, nearest = np.array(target, np.float64), None, np.inf
+    for _ in range(6):
+        ab = move(asked)
+        missing = target - into_gamut(L, ab).mean(axis=(0, 1))
+        if np.linalg.norm(missing) < nearest:
+            nearest, best = np.linalg.norm(missing), ab
+        if nearest < 0.1:  # ab units: nobody sees it
+            break
+        asked = asked + missing
+    return best
+
+
+def apply_controls(prediction: np.ndarray, L: np.ndarray, colors: np.ndarray | None,
+                   controls: Controls) -> tuple[np.ndarray, np.ndarray | None]:
+    """ab (h, w, 2) and the mean ab wanted, or None: saturation, then reference, mean, mood.
+
+    prediction: probabilities (Q, h/4, w/4) of the colors (Q, 2), or ab (2, h, w) and colors
+    None. L: (h, w).
+    """
+    def decode(values, factor):
+        planes = values if colors is None else np.einsum("qhw,qc->chw", values, colors)
+        return np.stack([resize(plane, L.shape) for plane in planes], axis=-1) * factor
+
+    factor = np.float32(controls.saturation)
+    plain = decode(prediction, factor)
+    if not controls.strength or controls.shift is None and controls.target is None:
+        return plain, None
+    present = into_gamut(L, plain)
+    if controls.spread is not None:
+        ratio = np.clip(controls.spread / max(spread_of(present), 1e-3), 0.25, 4)
+        factor = np.float32(factor * ratio ** controls.strength)
+    mean = present.mean(axis=(0, 1))
+    goal = mean + np.array(controls.shift) if controls.shift else np.array(controls.target)
+    wanted = mean + controls.strength * (goal - mean)
+    if colors is None or factor < 0.3:  # sepia: there is too little colour left to tilt
+        return reach_mean(lambda asked: shift(decode(prediction, factor), L, asked),
+                          L, wanted), wanted
+    flat, vector = prediction.reshape(len(prediction), -1).T, None
+
+    def tilted(asked):
+        nonlocal vector  # each round begins where the last one ended
+        moved, vector = tilt(flat, colors * factor, asked, vector)
+        return decode(moved.T.reshape(prediction.shape).astype(np.float32), factor)
+    return reach_mean(tilted, L, wanted), wanted
+
+
+# ------------------------------------------------------------------------------------ hints
+
+def fixed_points(hints: list, L: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which pixels of L (h, w) the hints (x, y, a, b) fix, (h, w) bool, and their ab (h, w,
+    2).
+
+    What is like the hint in a disc around it: not across an outline, two sigma of
+    lightness.
     """
     y, x = np.mgrid[:L.shape[0], :L.shape[1]]
-    free, d = np.ones_like(L), np.zeros((2, *L.shape), np.float32)
-    for hx, hy, a, b in hints:
-        like = np.abs(L - L[hy, hx]) <= 200 * HINT_SIGMA  # two sigma: not across an outline
-        disc = ((x - hx) ** 2 + (y - hy) ** 2 <= 2.5 ** 2) & like
-        free[disc], d[:, disc] = 0, np.array([[a], [b]]) - ab[hy, hx, :, None]
-    down, right = (np.exp(-np.diff(L / 100, axis=axis) ** 2 / (2 * HINT_SIGMA ** 2)).clip(min=1e-6)
-                   for axis in (0, 1))
-    total = HINT_MU + (np.pad(down, ((0, 1), (0, 0))) + np.pad(down, ((1, 0), (0, 0)))
-                       + np.pad(right, ((0, 0), (0, 1))) + np.pad(right, ((0, 0), (1, 0))))
+    fixed, wanted = np.zeros(L.shape, bool), np.zeros((*L.shape, 2), np.float32)
+    nearest = np.full(L.shape, np.inf)  # where discs overlap the nearer hint holds
+    for hx, hy, *ab in hints:
+        distance = (x - hx) ** 2 + (y - hy) ** 2
+        disc = (distance <= HINT_RADIUS ** 2) & (distance < nearest)
+        disc &= np.abs(L - L[hy, hx]) <= 200 * HINT_SIGMA
+        fixed[disc], wanted[disc], nearest[disc] = True, ab, distance[disc]
+    return fixed, wanted
+
+
+def fixed_dabs(dabs: Image.Image, image: Image.Image, shape: tuple) -> tuple:
+    """Which pixels of a working copy (h, w) are dabbed, (h, w) bool, and their ab (h, w,
+    2).
+
+    dabs: a copy of the photograph `image`, any size of the same shape, with colours painted
+    on (Levin et al. 2004). Where it differs from the photograph in chroma, or clearly in
+    lightness (a gray dab), its ab is wanted; the edges of strokes, anti-aliased or blurred
+    by JPEG, are left out.
+    """
+    if abs(dabs.width / dabs.height * image.height / image.width - 1) > 0.02:
+        raise FlagError(f"--hints: the dabbed picture is {dabs.width}x{dabs.height}, not of "
+                        f"the photograph's shape {image.width}x{image.height}")
+    scale = min(1.0, 2 * max(shape) / max(dabs.size))  # more would only cost time
+    size = [max(round(side * scale), 1) for side in dabs.size]
+    lab = rgb_to_lab(np.asarray(dabs.resize(size, Image.Resampling.BOX)))
+    photo = working_copy(image, min(size)).convert("RGB").resize(size)
+    difference = lab - rgb_to_lab(np.asarray(photo))
+    painted = (np.hypot(difference[..., 1], difference[..., 2]) > DAB_CHROMA) \
+        | (np.abs(difference[..., 0]) > DAB_LIGHTNESS)
+    # eroded by a pixel: noise and blurred outlines go, strokes keep their core
+    core = np.asarray(Image.fromarray(painted.astype(np.uint8) * 255).filter(
+        ImageFilter.MinFilter(3))) > 0
+    share = resize(core.astype(np.float32), shape)
+    planes = [resize(lab[..., channel] * core, shape) for channel in (1, 2)]
+    fixed = share > 0.5
+    wanted = np.stack(planes, axis=-1) / np.maximum(share, 1e-3)[..., None]
+    if not fixed.any():
+        raise FlagError("--hints: no dab found; paint broad strokes, over a hundredth of the "
+                        "picture, on a copy of the photograph")
+    return fixed, wanted
+
+
+def spread_by_likeness(d: np.ndarray, fixed: np.ndarray, likeness: np.ndarray,
+                       places: tuple) -> tuple[np.ndarray, np.ndarray]:
+    """How alike each pixel is to the hinted ones, (h, w) in 0..1, and what these ask of it.
+
+    d: (2, h, w), the wanted differences at the pixels `fixed` (h, w). likeness (P, P) of the
+    coarse places, over its diagonal: 1 for a place itself, less with every difference.
+    """
+    share = resize_down(fixed.astype(np.float32), places)
+    asked = np.stack([resize_down(plane * fixed, places) for plane in d])
+    hinted = share.flatten() > 0
+    asked = (asked.reshape(2, -1)[:, hinted] / share.flatten()[hinted]).T   # (hinted, 2)
+    affinity = (likeness[:, hinted] / np.diag(likeness)[:, None]) ** HINT_REACH
+    by_place = affinity ** 4 @ asked / np.maximum((affinity ** 4).sum(1), 1e-12)[:, None]
+    alike = resize(affinity.max(axis=1).reshape(places), fixed.shape)
+    target = [resize(plane, fixed.shape) for plane in by_place.T.reshape(2, *places)]
+    return alike, np.stack(target)
+
+
+def propagate_hints(L: np.ndarray, ab: np.ndarray, fixed: np.ndarray, wanted: np.ndarray,
+                    likeness: np.ndarray, places: tuple) -> np.ndarray:
+    """Spread the colours `wanted` (h, w, 2) of the pixels `fixed` (h, w) over what is
+    alike.
+
+    Minimizes sum w_rs (d_r - d_s)^2 + sum p (d - t)^2 + sum m d^2 over neighbours r, s for
+    d, the difference from the prediction ab (h, w, 2): w_rs = exp(-(L_r - L_s)^2 / 2
+    sigma^2), at least 1e-6; p pulls what is like the hints to what they ask, t, through any
+    texture; m holds the rest at the prediction. After Levin, Lischinski and Weiss 2004, in
+    a form that is solved in time.
+    """
+    free = 1 - fixed.astype(np.float32)
+    d = np.where(fixed[..., None], wanted - ab, 0).transpose(2, 0, 1).astype(np.float32)
+    alike, target = spread_by_likeness(d, fixed, likeness, places)
+    pull = HINT_PULL * alike
+    down, right = (np.exp(-np.diff(L / 100, axis=axis) ** 2
+                          / (2 * HINT_SIGMA ** 2)).clip(min=1e-6) for axis in (0, 1))
+    total = np.where(alike < HINT_UNLIKE, HINT_HOLD, HINT_MU) + pull + (
+        np.pad(down, ((0, 1), (0, 0))) + np.pad(down, ((1, 0), (0, 0)))
+        + np.pad(right, ((0, 0), (0, 1))) + np.pad(right, ((0, 0), (1, 0))))
 
     def gradient(d):  # zero where d is fixed
         result = total * d
@@ -225,8 +381,9 @@ def propagate_hints(L: np.ndarray, ab: np.ndarray, hints: list) -> np.ndarray:
         result[..., :-1] -= right * d[..., 1:]
         result[..., 1:] -= right * d[..., :-1]
         return free * result
-    residual, direction, power, enough = -gradient(d), 0, np.float32(1), None
-    for _ in range(3000):  # conjugate gradients, a and b side by side, scaled by the diagonal
+    residual = free * pull * target - gradient(d)
+    direction, power, enough = 0, np.float32(1), None
+    for _ in range(3000):  # conjugate gradients, scaled by the diagonal, a beside b
         scaled = residual / total
         power, last = (residual * scaled).sum(axis=(1, 2), keepdims=True), power
         enough = 1e-9 * power.max() if enough is None else enough  # 0.3 ab units from exact
@@ -234,26 +391,45 @@ def propagate_hints(L: np.ndarray, ab: np.ndarray, hints: list) -> np.ndarray:
             break
         direction = scaled + power / np.maximum(last, 1e-30) * direction
         product = gradient(direction)
-        rate = power / np.maximum((direction * product).sum(axis=(1, 2), keepdims=True), 1e-30)
+        curvature = (direction * product).sum(axis=(1, 2), keepdims=True)
+        rate = power / np.maximum(curvature, 1e-30)
         d += rate * direction
         residual -= rate * product
     return ab + d.transpose(1, 2, 0)
 
 
-def hint_correction(image: Image.Image, enlarge, hint: tuple, scale: float):
-    """A function that gives the hint's own pixel exactly its colour, and what is like it around.
+def hint_correction(image: Image.Image, upsample, hints: tuple, scale: float):
+    """A function that gives each hint's own pixel exactly its colour, and what is like it
+    near.
 
-    scale: pixels of the photograph for one of the network's.
+    scale: pixels of the photograph for one of the network's. Each hint adds a bump,
+    Gaussian in distance and lightness; the amounts are solved for together (radial basis
+    functions), so that hints close to each other do not add up.
     """
-    x, y, *wanted = hint
-    row = lightness(image.crop((0, y, image.width, y + 1)))
-    missing, L_hint = np.array(wanted, np.float32) - enlarge(row, y)[0, x], row[0, x]
-    radius = 2.5 * max(scale, 1.0)
+    if not hints:
+        return lambda L, colors, top: None
+    radius, unlike = HINT_RADIUS * max(scale, 1.0), 100 * HINT_SIGMA
+    rows = [lightness(image.crop((0, y, image.width, y + 1))) for _, y, *_ in hints]
+    now = np.stack([upsample(row, y)[0, x] for row, (x, y, *_) in zip(rows, hints)])
+    at = np.array([(x, y, row[0, x]) for row, (x, y, *_) in zip(rows, hints)], np.float64)
+    gaps = np.hypot(*(at[:, None, :2] - at[:, :2]).T)
+    gaps[gaps == 0] = np.inf
+    # no wider than to the nearest other: fitted to each other, wide bumps would overshoot
+    reach = np.minimum(radius, gaps.min(axis=0))
 
-    def correct(L, colors, top):
-        dy, dx = np.arange(top, top + len(L)) - y, np.arange(L.shape[1]) - x
-        near = np.ix_(np.abs(dy) <= 3 * radius, np.abs(dx) <= 3 * radius)
-        distance = (dy[near[0]] ** 2 + dx[near[1]] ** 2) / radius ** 2
-        unlike = (L[near] - L_hint) ** 2 / (2 * (100 * HINT_SIGMA) ** 2)
-        colors[near] += np.exp(-distance - unlike)[..., None].astype(np.float32) * missing
+    def bump(x, y, L, hint, radius):
+        distance = ((x - hint[0]) ** 2 + (y - hint[1]) ** 2) / radius ** 2
+        return np.exp(-distance - (L - hint[2]) ** 2 / (2 * unlike ** 2))
+    bumps = np.array([[bump(*place, *other) for other in zip(at, reach)] for place in at])
+    wanted = np.array([ab for _, _, *ab in hints])
+    # equal places asked twice: least squares gives them the mean
+    amounts = np.linalg.lstsq(bumps, wanted - now, rcond=1e-6)[0].astype(np.float32)
+
+    def correct(L, colors, top):  # in place; L (rows, W) from row `top` on
+        y, x = np.arange(top, top + len(L))[:, None], np.arange(L.shape[1])[None]
+        for hint, radius, amount in zip(at, reach, amounts):
+            near = np.ix_(np.abs(y[:, 0] - hint[1]) <= 3 * radius,
+                          np.abs(x[0] - hint[0]) <= 3 * radius)
+            weight = bump(x[:, near[1][0]], y[near[0][:, 0]], L[near], hint, radius)
+            colors[near] += weight[..., None].astype(np.float32) * amount
     return correct

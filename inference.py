@@ -2,8 +2,11 @@
 
     python main.py inference --image x.png --model checkpoints/best_model.tar
     python main.py inference --image archive/ --output coloured/ --mood warm
-    python main.py inference --image x.png --hints "120,80,#c03020" --compare
-    python main.py inference --image x.png --sheet      # every mood, to choose from
+    python main.py inference --image x.png --hints dabs.png --compare
+    python main.py inference --image x.png --sheet      # moods and variants, to choose from
+
+    from inference import colorize                 # in a notebook, the shipped colours:
+    colorize(None, "x.jpg").save("x_color.png")
 
 L of the photograph is kept to rounding; the network only adds ab.
 """
@@ -14,76 +17,140 @@ import time
 import urllib.parse
 import urllib.request
 from collections import Counter
+from concurrent.futures import Future
 from functools import partial
-from itertools import chain, groupby
 from pathlib import Path
+from threading import Thread
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.nn import functional as F
 
-from basic_model import PRETRAINED, ColorNet, choose_device, load_checkpoint
-from controls import (MOODS, Controls, apply_controls, hint_correction, propagate_hints,
-                      read_controls)
-from photo import (MIN_CHROMA, VERSION, ColorizeError, FlagError, Photo, content_hash, find_photos,
-                   guided_upsampler, into_gamut, lab_to_linear, lightness, linear_to_srgb,
-                   ordered_map, picture_sheet, read_photo, rgb_to_lab, say, spread_of,
-                   working_copy, write_photo)
+from basic_model import PRETRAINED, ColorNet, choose_device, load_checkpoint, upsample
+from controls import (MOODS, Controls, apply_controls, fixed_dabs, fixed_points,
+                      hint_correction, propagate_hints, read_controls, vary)
+from photo import (VERSION, ColorizeError, FlagError, Photo, check_target,
+                   content_hash, decode_photo, guided_upsampler, into_gamut, is_result,
+                   lab_to_linear, lightness, linear_to_srgb, made_with, ordered_map,
+                   picture_sheet, printable, progress, read_pages, read_photo, say, survey,
+                   tone_of, working_copy, write_photo)
 
-STRIP = 1 << 20           # pixels of a strip: what is in memory at full resolution at a time
-BATCH = 1 << 20           # pixels at working resolution that the network sees at once
-BATCH_PIXELS = 50e6       # of the photographs that wait for it
+STRIP = 1 << 20           # pixels of full resolution in memory at a time
 MAX_DOWNLOAD = 200 << 20  # bytes
+DEADLINE = 120            # seconds for a download, all of it
 ENLARGE = 2.0             # at most, of photographs smaller than the working size
-MADE = "_color.png", "_color.tif", "_sheet.png"  # endings of results
+# working sizes asked, as shares of --size, and their weights: the small one sees things
+# whole, the large one small figures; mirror images and a third size gained nothing
+SCALES = ((0.5, 0.5), (1.0, 0.5))
+# how alike two places are, exp(-d^2/2): lightness, distance as a share of the long side,
+# and the encoder's features of length 1; from 60 validation and 12 old photographs: wider,
+# and flowers pale; narrower, and spots stay
+LIKE_L, LIKE_DISTANCE, LIKE_FEATURES = 10.0, 0.4, 0.45
+MAX_PLACES = 4096         # of the likeness matrix: 64 MB
 
 
-# -------------------------------------------------------------------------- one photograph
+# --------------------------------------------------------------------------- one photograph
+
+class Prediction(NamedTuple):
+    """What the network says of a photograph, at working resolution, on the CPU."""
+    L: np.ndarray             # (h, w)
+    values: np.ndarray        # log-probabilities (Q, ceil(h/4), ceil(w/4)) or ab (2, h, w)
+    likeness: np.ndarray      # (P, P) of the places, rows sum to one
+    places: tuple[int, int]   # rows and columns of the places
+
+
+def likeness_of(L: torch.Tensor, levels: list[torch.Tensor]) -> tuple[torch.Tensor, tuple]:
+    """How alike places of a coarse grid are, (P, P), rows in sum one; and the grid's shape.
+
+    L: (1, 1, h, w); levels: the encoder's features. A place is 8 x 8 pixels, or more where
+    there would be over MAX_PLACES.
+    """
+    cell = max(8.0, float(np.sqrt(L.numel() / MAX_PLACES)))
+    places = tuple(max(int(side / cell), 1) for side in L.shape[-2:])
+    gray = F.adaptive_avg_pool2d(L, places).flatten()[:, None]
+    y, x = torch.meshgrid(*map(torch.arange, places), indexing="ij")
+    where = torch.stack([y, x], dim=-1).reshape(-1, 2) / max(places)
+    exponent = torch.cdist(gray, gray) ** 2 / (2 * LIKE_L ** 2)
+    exponent += torch.cdist(where, where) ** 2 / (2 * LIKE_DISTANCE ** 2)
+    for level in levels:
+        if round(L.shape[-1] / level.shape[-1]) in (8, 16):  # strides that know objects
+            flat = F.normalize(upsample(level.float(), places)[0].flatten(1).T, dim=1)
+            exponent += torch.cdist(flat, flat) ** 2 / (2 * LIKE_FEATURES ** 2)
+    return torch.softmax(-exponent, dim=1), places
+
+
+def agree(values: torch.Tensor, likeness: torch.Tensor, places: tuple) -> torch.Tensor:
+    """values (1, C, h, w) with the mean over alike places in place of their own.
+
+    What each of the coarse places differs from that mean is enlarged and taken away, so
+    that detail stays.
+    """
+    coarse = F.adaptive_avg_pool2d(values, places)
+    flat = coarse[0].flatten(1).T  # (P, C)
+    change = (likeness @ flat - flat).T.reshape(coarse.shape)
+    return values + upsample(change, values.shape[-2:])
+
 
 @torch.inference_mode()
-def predict(model: ColorNet, L: np.ndarray, vividness: float = 1.0) -> np.ndarray:
-    """L (N, h, w) to probabilities (N, Q, ceil(h/4), ceil(w/4)) of a bins head or ab (N, 2, h, w).
+def predict(model: ColorNet, image: Image.Image, size: int) -> Prediction:
+    """Ask the network at several working sizes, average, and let alike places agree.
 
-    The mean of the predictions for the photograph and for its mirror image, on the CPU. vividness:
-    divides the temperature of a bins head. Raises FlagError, or ColorizeError without the memory.
+    Averaged are log-probabilities (a colour must be likely at each size), or ab of an ab
+    head. Raises ColorizeError where memory ends or a value is not finite.
     """
-    if vividness != 1 and model.arguments["head"] != "bins":
-        raise FlagError("--vividness needs a checkpoint trained with --loss bins; use --saturation")
-    device = next(model.parameters()).device
-    gray = torch.from_numpy(np.ascontiguousarray(L))[:, None].to(device)
-    try:
-        output = model(torch.cat([gray, gray.flip(-1)])).float()
-    except torch.OutOfMemoryError:
-        raise ColorizeError(f"the {device.type} ran out of memory: a smaller --size, "
-                            "or --device cpu") from None
-    if model.arguments["head"] == "bins":
-        output = torch.softmax(output * (vividness / model.temperature), dim=1)
-    plain, mirrored = output.chunk(2)
-    return ((plain + mirrored.flip(-1)) / 2).cpu().numpy()
+    device, total = next(model.parameters()).device, 0
+    bins = model.arguments["head"] == "bins"
+    full = working_copy(image, size, ENLARGE)
+    for scale, weight in SCALES:
+        copy = full if scale == 1 else working_copy(full, max(round(size * scale), 32))
+        L = torch.from_numpy(lightness(copy))[None, None]
+        try:
+            levels = model.encode(L.to(device))
+            output = model.color(levels, L.shape[-2:]).float().cpu()
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if "memory" not in str(error):
+                raise
+            raise ColorizeError(f"the {device.type} ran out of memory: a smaller --size, "
+                                "or --device cpu") from None
+        shape = full.size[::-1]
+        if bins:
+            output = output.log_softmax(dim=1)
+            shape = [-(-side // 4) for side in shape]
+        total = total + weight * upsample(output, shape)
+    likeness, places = likeness_of(L, [level.cpu() for level in levels])  # of the full size
+    values = agree(total, likeness, places)
+    if bins:
+        values = values.log_softmax(dim=1)
+    if not values.isfinite().all():
+        raise ColorizeError("the checkpoint gives colours that are not finite: it is "
+                            "damaged; use another --model")
+    return Prediction(L[0, 0].numpy(), values[0].numpy(), likeness.numpy(), places)
 
 
-def render(image: Image.Image, small: np.ndarray, ab: np.ndarray, hints: tuple = (),
+def render(image: Image.Image, L_small: np.ndarray, ab: np.ndarray, hints: tuple = (),
            deep: bool = False) -> tuple[Image.Image | np.ndarray, np.ndarray]:
-    """The photograph with ab (h, w, 2) at full resolution, in gamut, strip by strip; its mean ab.
+    """The photograph with ab (h, w, 2) at full resolution, in gamut, strip by strip; its
+    mean ab.
 
-    small: L (h, w) at the resolution of ab. deep: uint16 (H, W, 3) rather than an RGB image.
+    L_small: L (h, w) at the resolution of ab. deep: uint16 (H, W, 3) rather than an RGB
+    image.
     """
     width, height = image.size
-    enlarge = guided_upsampler(small, ab, width, height)
-    corrections = [hint_correction(image, enlarge, hint, width / small.shape[1]) for hint in hints]
+    enlarge = guided_upsampler(L_small, ab, width, height)
+    correct = hint_correction(image, enlarge, hints, width / L_small.shape[1])
     rows = max(1, STRIP // width)
-    result = np.empty((height, width, 3), np.uint16) if deep else Image.new("RGB", image.size)
+    white, kind = (65535, np.uint16) if deep else (255, np.uint8)
+    result = np.empty((height, width, 3), kind) if deep else Image.new("RGB", image.size)
 
     def strip(top):
         L = lightness(image.crop((0, top, width, min(top + rows, height))))
         colors = enlarge(L, top)
-        for correct in corrections:
-            correct(L, colors, top)
+        correct(L, colors, top)
         colors = into_gamut(L, colors)
         rgb = linear_to_srgb(lab_to_linear(L, colors))
-        pixels = np.rint(rgb * (65535 if deep else 255)).astype(np.uint16 if deep else np.uint8)
-        return top, pixels, colors.sum(axis=0).sum(axis=0, dtype=np.float64)
+        return top, np.rint(rgb * white).astype(kind), colors.sum(axis=(0, 1), dtype=float)
     total = np.zeros(2)
     for top, pixels, sums in ordered_map(strip, range(0, height, rows), 2, window=3):
         total += sums
@@ -94,40 +161,60 @@ def render(image: Image.Image, small: np.ndarray, ab: np.ndarray, hints: tuple =
     return result, total / (width * height)
 
 
-def add_color(model: ColorNet, image: Image.Image, small: np.ndarray, prediction: np.ndarray,
+def add_color(model: ColorNet, image: Image.Image, prediction: Prediction,
               controls: Controls, deep: bool = False) -> tuple:
-    """Controls, hints, full resolution, gamut: picture, its mean ab, the mean ab asked for."""
-    ab, wanted = apply_controls(model, prediction, small, controls)
-    scale, hints = small.shape[1] / image.width, []
-    for x, y, a, b in controls.hints:
+    """Controls, hints, full resolution, gamut: picture, its mean ab, the mean ab asked
+    for."""
+    L, values, colors = prediction.L, prediction.values, None
+    if model.arguments["head"] == "bins":
+        colors = model.bins.cpu().numpy()
+        if controls.variant:
+            values = vary(values, colors, prediction.likeness, prediction.places,
+                          model.temperature, controls)
+        values = torch.softmax(torch.from_numpy(values) / model.temperature, dim=0).numpy()
+        colors = colors * model.saturation
+    elif controls.variant:
+        raise FlagError("--variant needs a checkpoint trained with --loss bins")
+    ab, wanted = apply_controls(values, L, colors, controls)
+    if controls.hints or controls.dabs is not None:
+        fixed, target = fixed_points(points_at_work(controls.hints, image, L.shape), L)
+        if controls.dabs is not None:
+            fixed, target = fixed_dabs(controls.dabs, image, L.shape)
+        ab = propagate_hints(L, into_gamut(L, ab), fixed, target, prediction.likeness,
+                             prediction.places)
+    return *render(image, L, ab, controls.hints, deep), wanted
+
+
+def points_at_work(hints: tuple, image: Image.Image, shape: tuple) -> list:
+    """Hints in pixels of the photograph as hints in pixels of its working copy (h, w)."""
+    for x, y, *_ in hints:
         if not (0 <= x < image.width and 0 <= y < image.height):
             raise FlagError(f"--hints: {x},{y} is outside the photograph, which is "
                             f"{image.width}x{image.height}; the origin is the top left")
-        hints.append((int(x * scale), int(y * small.shape[0] / image.height), a, b))
-    if hints:
-        ab = propagate_hints(small, into_gamut(small, ab), hints)
-    return *render(image, small, ab, controls.hints, deep), wanted
+    return [(x * shape[1] // image.width, y * shape[0] // image.height, a, b)
+            for x, y, a, b in hints]
 
 
-def colorize(model: ColorNet, image: Image.Image | np.ndarray, size: int = 256,
-             mood: str | None = None, mean_color: str | None = None,
-             reference: str | Path | None = None, strength: float = 1.0,
-             saturation: float | None = None, vividness: float | None = None,
-             hints: str | None = None) -> Image.Image | np.ndarray:
+def colorize(model: ColorNet | None, image: Image.Image | np.ndarray | str | Path,
+             size: int = 256, controls: Controls = Controls()) -> Image.Image | np.ndarray:
     """Colour one photograph: its L stays, ab comes from the network.
 
-    image: Pillow (mode L, RGB, I;16) or array uint8/uint16 (H, W) or uint8 (H, W, 3), sRGB. The
-    other parameters are inference's flags. Returns a Pillow RGB image of the same size, or for
-    16-bit gray a uint16 array (H, W, 3). Raises FlagError for controls that make no sense.
+    model: of load_checkpoint; None for the shipped one. image: a path, a Pillow image of
+    any mode, or an array uint8/uint16 (H, W) or uint8 (H, W, 3), sRGB. controls: of
+    read_controls. Returns a Pillow RGB image of the same size, or for 16-bit gray a uint16
+    array (H, W, 3).
     """
-    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-    controls = read_controls(mood, mean_color, reference, strength, saturation, vividness, hints)
-    small = lightness(working_copy(image, size, ENLARGE))
-    prediction = predict(model, small[None], controls.vividness)[0]
-    return add_color(model, image, small, prediction, controls, image.mode == "I;16")[0]
+    model = load_checkpoint(PRETRAINED)[0] if model is None else model
+    if isinstance(image, (str, Path)):
+        image = read_photo(Path(image)).image
+    else:
+        image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+        image = image if image.mode in ("L", "RGB", "I;16") else decode_photo(image).image
+    prediction = predict(model, image, size)
+    return add_color(model, image, prediction, controls, image.mode == "I;16")[0]
 
 
-# ----------------------------------------------------------------------------- the command
+# ----------------------------------------------------------------------- files and folders
 
 def load_model(model: str | Path | None, device: str) -> tuple[ColorNet, Path, dict]:
     """The checkpoint named, else checkpoints/best_model.tar, else the shipped one."""
@@ -138,215 +225,271 @@ def load_model(model: str | Path | None, device: str) -> tuple[ColorNet, Path, d
 
 
 def download(url: str, folder: Path) -> Path:
-    """Fetch an http(s) URL into a folder, at most MAX_DOWNLOAD bytes; ColorizeError otherwise."""
+    """Fetch an http(s) address into a folder; at most MAX_DOWNLOAD bytes, DEADLINE
+    seconds."""
     if not url.startswith(("http://", "https://")):
         raise ColorizeError(f"{url}: only http and https are fetched; download it yourself")
+    content = Future()
+
+    def fetch():
+        try:
+            with urllib.request.urlopen(url, timeout=30) as response:
+                if not response.url.startswith(("http://", "https://")):
+                    raise ValueError("it leads to something else than http")
+                content.set_result(response.read(MAX_DOWNLOAD + 1))
+        except Exception as error:
+            content.set_exception(error)
+    # in a thread that may be left behind: names, headers and bytes can each drip for ever
+    Thread(target=fetch, daemon=True).start()
     try:
-        name = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name or "photograph"
-        with urllib.request.urlopen(url, timeout=30) as response:
-            if not response.url.startswith(("http://", "https://")):
-                raise ValueError("it leads to something else than http")
-            content = response.read(MAX_DOWNLOAD + 1)
-        if len(content) > MAX_DOWNLOAD:
+        got = content.result(DEADLINE)
+        if len(got) > MAX_DOWNLOAD:
             raise ValueError(f"it is over {MAX_DOWNLOAD >> 20} MB")
-        (folder / name).write_bytes(content)
+        name = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name
+        # a folder for each: two addresses may end in one name
+        path = Path(tempfile.mkdtemp(dir=folder)) / (name or "photograph")
+        path.write_bytes(got)
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise ColorizeError(f"{url}: cannot be fetched ({error}); download it yourself") from None
-    return folder / name
-
-
-def plan_outputs(image: str, output: Path, folder: Path, kind: str) -> list[tuple]:
-    """(input, output) of every photograph asked for. `folder`: where downloads go."""
-    source = download(image, folder) if "://" in image else Path(image)
-    if not source.is_dir():
-        named = output.suffix.lower() in Image.registered_extensions() and not output.is_dir()
-        return [(source, output if named else output / f"{source.stem}_{kind}.png")]
-    plan, paths = {}, find_photos(source)
-    alike = Counter(path.with_suffix("") for path in paths)  # a.jpg and a.png keep their endings
-    for path in paths:
-        stem = path.stem if alike[path.with_suffix("")] == 1 else path.name
-        plan[path] = output / path.relative_to(source).with_name(f"{stem}_{kind}.png")
-    results = {target.with_name(target.name.removesuffix(f"_{kind}.png") + made).resolve()
-               for target in plan.values() for made in MADE}
-    inside = output.resolve()
-    plan = [(path, target) for path, target in plan.items() if path.resolve() not in results
-            and (inside == source.resolve() or inside not in path.resolve().parents)]
-    if not plan:
-        raise ColorizeError(f"{source}: no photograph below it; name one, or another folder")
-    return plan
+        reason = printable(getattr(error, "reason", error))[:200] or "it takes too long"
+        raise ColorizeError(f"{url}: cannot be fetched ({reason}); download it "
+                            "yourself") from None
+    return path
 
 
 class Job(NamedTuple):
-    """A page of a photograph, read and reduced, on its way through the network."""
-    source: Path
-    target: Path
-    photo: Photo
-    small: np.ndarray  # L at working resolution
-    start: float       # time
+    """What a run does to each photograph; the same for all of them."""
+    model: ColorNet
+    size: int
+    controls: Controls
+    kind: str            # color, compare, sheet or grid
+    description: str     # written into each result, so that it can be told from others
+    max_megapixels: float
+    overwrite: bool
+    invert: bool
 
 
-def inference(*, image: str = "data/input/val", model: str | None = None,
+def target_of(path: Path, folder: Path, ending: str, extension: str | None) -> Path:
+    """folder/NAME_ENDING: a TIFF for a TIFF, else a PNG, or as asked."""
+    tiff = path.suffix.lower() in (".tif", ".tiff")
+    return folder / f"{path.stem}_{ending}.{extension or ('tif' if tiff else 'png')}"
+
+
+def plan_outputs(images: list[str], output: Path, downloads: Path, ending: str,
+                 extension: str | None) -> list[tuple[Path, Path]]:
+    """(photograph, result) of all that was asked for: files, folders and addresses."""
+    named = "." in output.name and not output.is_dir()  # a file
+    plan = {}
+    for image in images:
+        source = download(image, downloads) if "://" in image else Path(image)
+        if not source.is_dir():
+            plan[source] = output if named else target_of(source, output, ending, extension)
+            continue
+        found, passed_over = survey(source)
+        for reason, paths in passed_over.items():
+            names = ", ".join(path.name for path in paths[:3]) + ", ..." * (len(paths) > 3)
+            say(f"passed over, {reason}: {len(paths)} ({names})")
+        inside = output.resolve()  # results there are not photographs to colour
+        for path in found:
+            below = inside != source.resolve() and inside in path.resolve().parents
+            if not below and not is_result(path):
+                folder = output / path.relative_to(source).parent
+                plan[path] = target_of(path, folder, ending, extension)
+    if not plan:
+        raise ColorizeError(f"{' '.join(images)}: no photograph below it; name one, or "
+                            "another folder")
+    if named and len(plan) > 1:
+        raise ColorizeError(f"--output {output}: is one file for {len(plan)} photographs; "
+                            "name a folder")
+    alike = Counter(plan.values())  # a.jpg and a.png keep their endings
+    while max(alike.values()) > 1:
+        plan = {path: target if alike[target] == 1 else
+                target.with_stem(f"{path.name}_{ending}") for path, target in plan.items()}
+        if alike == (alike := Counter(plan.values())):
+            raise ColorizeError(f"{max(alike, key=alike.get)}: is the result of several "
+                                "photographs; name one folder at a time")
+    return list(plan.items())
+
+
+def color_file(job: Job, pair: tuple[Path, Path]) -> str | ColorizeError:
+    """Colour one photograph of a plan: the line to print, "" where it was there, or the
+    error."""
+    (source, target), start = pair, time.monotonic()
+    try:
+        check_target(target)  # first: of a name that is too long nothing can be asked
+        if target.exists() and source.exists() and target.samefile(source):
+            raise ColorizeError(f"{target}: is the photograph itself; name another "
+                                "--output")
+        there = made_with(target) if target.is_file() else ""
+        if there == job.description and not job.overwrite:
+            return ""
+        if target.is_file() and not there and not job.overwrite:
+            raise ColorizeError(f"{target}: is there and was not made by this program; "
+                                "name another --output, or give --overwrite")
+        photos = read_pages(source, job.max_megapixels)
+        if len(photos) > 1 and target.suffix.lower() not in (".tif", ".tiff"):
+            raise ColorizeError(f"{source}: has {len(photos)} pages, which only a .tif can "
+                                "hold; name one as --output, or --format tif")
+        deep = (len(photos) == 1 and job.kind == "color" and photos[0].image.mode == "I;16"
+                and target.suffix.lower() in (".tif", ".tiff"))
+        pictures, remarks = zip(*(make_picture(job, photo, deep) for photo in photos))
+        lost = write_photo(target, list(pictures), photos[0], job.description)
+    except ColorizeError as error:
+        return error
+    remarks = [remark for page in remarks for remark in page] + [lost]
+    remarks += ["in place of one made with other settings"] * bool(there)
+    width, height = photos[0].image.size
+    line = f"{source} -> {target} ({width}x{height}, {time.monotonic() - start:.1f} s)"
+    return "; ".join([line] + [remark for remark in dict.fromkeys(remarks) if remark])
+
+
+def make_picture(job: Job, photo: Photo, deep: bool) -> tuple:
+    """The picture of one page that a job asks for, and remarks on it."""
+    image, remarks = photo.image, [photo.note]
+    if job.invert:
+        image = ImageOps.invert(image) if image.mode != "I;16" else \
+            Image.fromarray(65535 - np.asarray(image))
+    if job.kind == "grid":
+        return draw_grid(image), remarks
+    if job.kind == "sheet":
+        return make_sheet(job.model, image, job.size), remarks
+    prediction = predict(job.model, image, job.size)
+    picture, mean, wanted = add_color(job.model, image, prediction, job.controls, deep)
+    if image.mode == "I;16" and not deep:
+        remarks.append("16-bit gray was written as 8-bit; a .tif of one page keeps it")
+    if tone_of(image) == "coloured":
+        remarks.append("has colour already: only its lightness was used")
+    if wanted is not None:
+        remarks.append("mean ab {:.1f},{:.1f} asked, {:.1f},{:.1f} achieved".format(
+            *wanted, *mean))
+        if np.linalg.norm(wanted - mean) > 1 and not job.controls.hints:
+            remarks[-1] += ": the target is out of reach, this is the nearest found"
+    if job.kind == "compare":
+        L = prediction.L
+        gray, _ = render(image, L, np.zeros((*L.shape, 2), np.float32))
+        both = gray.crop((0, 0, 2 * image.width, image.height))  # room on its right
+        both.paste(picture, (image.width, 0))
+        picture = both
+    elif photo.alpha is not None and not deep:
+        picture.putalpha(photo.alpha)
+    return picture, remarks
+
+
+def make_sheet(model: ColorNet, image: Image.Image, size: int) -> Image.Image:
+    """Every mood and four variants of one photograph, with their flags below."""
+    image = working_copy(image, max(size, 288))
+    choices = [{}] + [{"mood": mood} for mood in MOODS]
+    if model.arguments["head"] == "bins":
+        choices += [{"variant": n} for n in (1, 2, 3, 4)]
+    prediction = predict(model, image, size)
+    tiles = [add_color(model, image, prediction, read_controls(**flags))[0]
+             for flags in choices]
+    captions = [" ".join(f"--{name} {value}" for name, value in flags.items()) or "no flag"
+                for flags in choices]
+    return picture_sheet(tiles, 5, captions, 288)
+
+
+def draw_grid(image: Image.Image) -> Image.Image:
+    """The photograph with labelled lines of its pixel coordinates, to find hints by."""
+    step = max(10, max(image.size) // 100 * 10)  # about 10 lines along the long side
+    picture = working_copy(image, min(image.size)).convert("RGB")
+    draw = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(max(10, max(image.size) // 60))
+    for at in range(step, max(image.size), step):
+        for start, end in (((at, 0), (at, image.height)), ((0, at), (image.width, at))):
+            draw.line([start, end], "#e04020", max(1, max(image.size) // 1000))
+            draw.text(start, str(at), "yellow", font, stroke_width=2, stroke_fill="black")
+    return picture
+
+
+def inference(*, image: list[str] = ("data/input/val",), model: str | None = None,
               output: Path = Path("data/output"), size: int = 256,
-              device: Literal["auto", "cpu", "cuda", "mps"] = "auto", overwrite: bool = False,
-              mood: Literal["warm", "cool", "golden", "moonlight", "vintage", "muted", "vivid",
-                            "sepia"] | None = None,
-              mean_color: str | None = None, reference: str | None = None, strength: float = 1.0,
-              saturation: float | None = None, vividness: float | None = None,
+              device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+              overwrite: bool = False,
+              format: Literal["png", "tif", "jpg", "webp"] | None = None,
+              suffix: str = "color", invert: bool = False, max_megapixels: float = 300.0,
+              mood: Literal["warm", "cool", "golden", "moonlight", "vintage", "muted",
+                            "vivid", "sepia"] | None = None,
+              mean_color: str | None = None, reference: str | None = None,
+              variant: int = 0, strength: float = 1.0, saturation: float | None = None,
               hints: str | None = None, sheet: bool = False, compare: bool = False,
-              max_megapixels: float = 300.0) -> None:
-    """Colour a gray photograph, a folder of them, or one at an http address.
+              grid: bool = False) -> None:
+    """Colour gray photographs: files, folders of them, or http addresses.
 
-    image: photograph, folder or URL
+    What and where:
+    image: photographs, folders or addresses
     model: checkpoint; else checkpoints/best_model.tar, else the shipped one
-    output: file (its extension is the format), or folder for NAME_color.png
-    size: short side at which the network works
+    output: folder for NAME_color.png, or a file (its extension is the format)
+    overwrite: replace files that this program did not make, too
+    format: of the results; else tif for a tif, png for all others
+    suffix: the results' ending, in place of color
+    size: short side at which the network works (32..2048)
     device: where to compute
-    overwrite: in a folder, do again what is already there
+    invert: the photograph is a negative
+    max_megapixels: refuse larger photographs (1..10000)
+
+    Colours:
     mood: a bundle of mean colour and saturation
     mean_color: average colour wanted: #rrggbb, or a,b in CIE units
     reference: photograph whose mean colour and colour spread are wanted
-    strength: of mood, mean_color or reference, 0..1
-    saturation: factor on the colours; 1 leaves them
-    vividness: above 1 decides for the likeliest colours (bins checkpoints)
-    hints: exact colours at pixels: x,y,#rrggbb; x,y,#rrggbb
-    sheet: one picture of every mood and three vividness values, with their flags
-    compare: write gray and colour side by side
-    max_megapixels: refuse larger photographs
+    variant: another plausible colouring, a number for each; 0 is the usual one (0..1000000)
+    strength: of mood, mean_color, reference or variant (0..1)
+    saturation: factor on the colours; 1 leaves them (0..4)
+    hints: colours you know: x,y,#rrggbb; x,y,#rrggbb, a .txt of these, or a dabbed copy
+
+    Instead of the coloured photograph:
+    compare: gray and colour side by side
+    sheet: one picture of every mood and four variants, with their flags
+    grid: the photograph with its pixel coordinates, to find hints by
     """
-    if not 32 <= size <= 2048:
-        raise FlagError(f"--size {size}: must be 32..2048")
-    controls = read_controls(mood, mean_color, reference, strength, saturation, vividness, hints)
-    if sheet and (compare or controls != Controls()):
-        raise FlagError("--sheet shows every mood: leave out --compare and the colour flags")
+    asked = {"sheet": sheet, "compare": compare, "grid": grid}
+    kinds = [name for name, on in asked.items() if on]
+    if len(kinds) > 1:
+        raise FlagError(f"--{kinds[0]} and --{kinds[1]}: give one")
+    controls = read_controls(mood, mean_color, reference, strength, saturation, hints,
+                             variant)
+    if sheet and controls != Controls():
+        raise FlagError("--sheet shows moods and variants: leave out the colour flags")
     network, path, contents = load_model(model, device)
     say(f"loaded {path} ({contents['model']['encoder']}, {contents['model']['head']}) "
         f"on {next(network.parameters()).device}")
-    settings = {"checkpoint": content_hash(path)[:12], "size": size, **controls._asdict()}
+    kind = kinds[0] if kinds else "color"
+    settings = {"checkpoint": content_hash(path)[:12], "size": size, "kind": kind,
+                "invert": invert or None, **controls._asdict()}
+    if controls.dabs is not None:
+        settings["dabs"] = content_hash(Path(hints))[:12]
     description = ", ".join([f"Colours added by colorize {VERSION}"] + [
         f"{name} {value}" for name, value in settings.items() if value not in (None, ())])
-    write = partial(write_pages, network, controls, description, compare)
-    if sheet:
-        write = partial(write_sheet, network, size, description)
-    with tempfile.TemporaryDirectory() as folder:
-        plan = plan_outputs(str(image), output, Path(folder), "sheet" if sheet else "color")
+    job = Job(network, size, controls, kind, description, max_megapixels, overwrite, invert)
+    with tempfile.TemporaryDirectory() as downloads:
+        images = [image] if isinstance(image, (str, Path)) else image
+        plan = plan_outputs([str(name) for name in images], Path(output), Path(downloads),
+                            suffix if kind == "color" else kind, format)
         if hints and len(plan) > 1:
-            raise FlagError("--hints are for one photograph, not a folder")
-        left = [(source, target) for source, target in plan  # several pages become a .tif
-                if overwrite or not Path(image).is_dir()
-                or not (target.exists() or target.with_suffix(".tif").exists())]
-        errors = run_photos(network, left, size, controls.vividness, max_megapixels, write)
-    if len(plan) > 1:
-        there = len(plan) - len(left)
-        print(f"{len(left) - len(errors)} done, {there} already there"
-              + " (--overwrite does them again)" * bool(there) + f", {len(errors)} failed")
-    if errors:
-        raise errors[0] if len(left) == 1 else ColorizeError(
-            f"{len(errors)} of {len(plan)} photographs could not be coloured; see above")
+            raise FlagError("--hints are for one photograph, not several")
+        run_plan(job, plan)
 
 
-def read_pages(size: int, limit: float, pair: tuple[Path, Path]) -> list[Job]:
-    """The pages of a photograph (one, but for TIFFs), ready for the network; limit: megapixels."""
-    (source, target), start = pair, time.monotonic()
-    first = read_photo(source, max_megapixels=limit)
-    if first.pages > 1:
-        if first.pages * first.image.width * first.image.height > limit * 1e6:
-            raise ColorizeError(f"{source}: its {first.pages} pages together are over the limit of "
-                                f"{limit:g} megapixels; raise --max_megapixels")
-        if target.name.endswith(MADE):  # not the user's own choice
-            target = target.with_suffix(".tif")
-        if target.suffix.lower() not in (".tif", ".tiff"):
-            raise ColorizeError(f"{source}: has {first.pages} pages; name a .tif as --output")
-    if target.exists() and target.samefile(source):
-        raise ColorizeError(f"{target}: is the photograph itself; name another --output")
-    pages = [first] + [read_photo(source, n, max_megapixels=limit) for n in range(1, first.pages)]
-    return [Job(source, target, page, lightness(working_copy(page.image, size, ENLARGE)), start)
-            for page in pages]
-
-
-def batches(jobs):
-    """Consecutive jobs of equal working shape together, up to BATCH and BATCH_PIXELS."""
-    for _, alike in groupby(jobs, key=lambda job: job.small.shape):
-        batch, pixels = [], 0
-        for job in alike:
-            batch.append(job)
-            pixels += job.photo.image.width * job.photo.image.height
-            if len(batch) * job.small.size > BATCH - job.small.size or pixels > BATCH_PIXELS:
-                yield batch
-                batch, pixels = [], 0
-        if batch:
-            yield batch
-
-
-def run_photos(model: ColorNet, plan: list, size: int, vividness: float, max_megapixels: float,
-               write) -> list[ColorizeError]:
-    """Read, predict in batches, write, few photographs at a time; returns what went wrong.
-
-    plan: (input, output) each; write: [(Job, prediction)] of a photograph to the line to print.
-    """
-    errors = []
-
-    def attempt(function, argument):  # None where it failed
-        try:
-            return function(argument)
-        except ColorizeError as error:
-            errors.append(error)
-            if len(plan) > 1:
-                say(f"error: {error}")
-
-    def predicted():
-        read = partial(attempt, partial(read_pages, size, max_megapixels))
-        photographs = filter(None, ordered_map(read, plan, 2, window=2))
-        for batch in batches(chain.from_iterable(photographs)):
-            yield from zip(batch, predict(model, np.stack([job.small for job in batch]), vividness))
-    pages = (list(group) for _, group in groupby(predicted(), key=lambda pair: pair[0].source))
-    for line in filter(None, ordered_map(partial(attempt, write), pages, 2, window=2)):
-        print(line, flush=True)
-    return errors
-
-
-def write_sheet(model: ColorNet, size: int, description: str, pages: list) -> str:
-    """Write a sheet of every mood and three vividness values; returns the line to print."""
-    job = pages[0][0]
-    choices = [{}] + [{"mood": mood} for mood in MOODS]
-    if model.arguments["head"] == "bins":
-        choices += [{"vividness": v} for v in (0.5, 2.0, 4.0)]
-    image = working_copy(job.photo.image, max(size, 288))
-    tiles = [colorize(model, image, size, **flags) for flags in choices]
-    captions = [" ".join(f"--{k} {v}" for k, v in flags.items()) or "no flag" for flags in choices]
-    picture = picture_sheet(tiles, 4, captions, 288)
-    write_photo(job.target, [picture], job.photo, description)
-    return f"{job.source} -> {job.target} ({picture.width}x{picture.height})"
-
-
-def write_pages(model: ColorNet, controls: Controls, description: str, compare: bool,
-                pages: list) -> str:
-    """Colour and write the pages of one photograph; returns the line to print."""
-    first, pictures, remarks = pages[0][0], [], []
-    tiff = first.target.suffix.lower() in (".tif", ".tiff")
-    for job, prediction in pages:
-        image = job.photo.image
-        deep = image.mode == "I;16" and len(pages) == 1 and not compare and tiff
-        picture, mean, wanted = add_color(model, image, job.small, prediction, controls, deep)
-        remarks.append(job.photo.note)
-        if image.mode == "I;16" and not deep:
-            remarks.append("16-bit gray was written as 8-bit; a .tif of one page keeps it")
-        small = working_copy(image, 128).convert("RGB")
-        if spread_of(rgb_to_lab(np.asarray(small))[..., 1:]) > MIN_CHROMA:
-            remarks.append("has colour already: only its lightness was used")
-        if wanted is not None:
-            remarks.append("mean ab {:.1f},{:.1f} asked, {:.1f},{:.1f} achieved".format(
-                *wanted, *mean))
-            if np.linalg.norm(wanted - mean) > 1 and not controls.hints:
-                remarks[-1] += ": the target is out of reach, this is the nearest found"
-        if compare:
-            gray, _ = render(image, job.small, np.zeros((*job.small.shape, 2), np.float32))
-            both = gray.crop((0, 0, 2 * image.width, image.height))  # room on its right
-            both.paste(picture, (image.width, 0))
-            picture = both
-        elif job.photo.alpha is not None and not deep:
-            picture.putalpha(job.photo.alpha)
-        pictures.append(picture)
-    write_photo(first.target, pictures, first.photo, description)
-    seconds = time.monotonic() - first.start
-    line = f"{first.source} -> {first.target} ({image.width}x{image.height}, {seconds:.1f} s)"
-    return "; ".join([line] + [remark for remark in dict.fromkeys(remarks) if remark])
+def run_plan(job: Job, plan: list[tuple[Path, Path]]) -> None:
+    """Colour each photograph of a plan, two at a time; a line each, and how it went at the
+    end."""
+    failed, done, there = [], 0, 0
+    results = ordered_map(partial(color_file, job), plan, 2, window=2)
+    for (source, _), line in zip(plan, progress(results, len(plan), "photographs")):
+        if isinstance(line, ColorizeError):
+            if len(plan) == 1:
+                raise line
+            failed.append(source)
+            say(f"error: {line}")
+        elif line:
+            done += 1
+            say(line, result=True)
+        else:
+            there += 1
+    if len(plan) > 1 or there:
+        say(f"{done} done, {there} already there with these settings"
+            + " (--overwrite does them again)" * bool(there) + f", {len(failed)} failed",
+            result=True)
+    if failed:
+        names = ", ".join(str(path) for path in failed[:20]) + ", ..." * (len(failed) > 20)
+        raise ColorizeError(f"{len(failed)} of {len(plan)} photographs could not be "
+                            f"coloured: {names}; the reasons are above")

@@ -26,7 +26,7 @@ import torch
 from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps
 from torch.nn import functional as F
 
-VERSION = "1.0"
+VERSION = "2.0"
 MADE = "Colours added by colorize"  # how the description of a result begins
 MIN_CHROMA = 2.0      # mean chroma under this: a gray photograph teaches gray
 MAX_MEGAPIXELS = 300  # decoding RGBA takes up to 9 bytes a pixel: 2.7 GB
@@ -190,7 +190,7 @@ def lab_to_rgb(lab: np.ndarray) -> np.ndarray:
 
 
 def in_gamut(L: np.ndarray, ab: np.ndarray) -> np.ndarray:
-    """Whether L (...) and ab (..., 2) is an sRGB colour, with a tolerance in linear light."""
+    """Whether L (...) and ab (..., 2) is an sRGB colour, within a tolerance."""
     linear = lab_to_linear(L, ab)
     # 1e-4 above, or white itself would be outside; less below, where 1e-4 is seen
     inside = (linear >= -1e-5) & (linear <= 1 + 1e-4)
@@ -285,20 +285,21 @@ def opened(path: Path):
     except ColorizeError:
         raise
     except Exception as error:  # Pillow's readers raise many kinds on hostile files
-        what = "it is damaged, cut off, or none of " + ", ".join(FORMATS)
-        reason = getattr(error, "strerror", "")  # of the system, not of Pillow
+        reason, remedy = getattr(error, "strerror", ""), "check the path"
         if isinstance(error, MemoryError):
-            reason = "not enough memory to decode it"
-        remedy = "check the path" if reason else "export it again as PNG or JPEG"
-        raise ColorizeError(f"{path}: cannot be read ({reason or what}); {remedy}") from None
+            reason, remedy = "not enough memory to decode it", "reduce it first"
+        elif not reason:  # of Pillow, not of the system
+            reason = "it is damaged, cut off, or none of " + ", ".join(FORMATS)
+            remedy = "copy it again, or export it as PNG or JPEG"
+        raise ColorizeError(f"{path}: cannot be read ({reason}); {remedy}") from None
 
 
 def check_sizes(path: Path, sizes: list, max_megapixels: float) -> float:
     """The pixels of all pages; ColorizeError for too many, before memory is taken."""
     pixels = sum(w * h for w, h in sizes)
     if pixels > max_megapixels * 1e6:
-        raise ColorizeError(f"{path}: over the limit of {max_megapixels:g} megapixels, pages "
-                            "together; reduce it, or raise --max_megapixels")
+        raise ColorizeError(f"{path}: over the limit of {max_megapixels:g} megapixels, "
+                            "pages together; reduce it, or raise --max_megapixels")
     if max(map(max, sizes)) > MAX_SIDE or len(sizes) > MAX_PAGES:
         raise ColorizeError(f"{path}: over {MAX_SIDE} pixels wide or high, or over "
                             f"{MAX_PAGES} pages; cut it into pieces")

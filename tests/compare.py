@@ -47,7 +47,7 @@ def scores(predict, val: ColorizeData) -> str:
         rows.append(score(made, true))
     summary = summarize(rows)
     return " | ".join("{:.2f} ± {:.2f}".format(*summary[k])
-                      for k in ("psnr", "ciede2000", "ratio"))
+                      for k in ("psnr", "ciede2000", "color_ratio"))
 
 
 def main(data: str, init: str, out: str, steps: str = "1000") -> None:
@@ -66,10 +66,11 @@ def main(data: str, init: str, out: str, steps: str = "1000") -> None:
             train(data=Path(data), out=folder, epochs=3, batch_size=BATCH, size=SIZE, init=init,
                   limit=limit, **flags)
         model, contents = load_checkpoint(folder / "best_model.tar")
-        rate = contents["training"]["scores"]["images_per_second"]
+        rate = contents["training"]["scores"].get("images_per_second", 0)
         size = sum(p.numel() for p in model.parameters()) / 1e6
         for temperature in (1.0, 0.5, 0.25) if model.arguments["head"] == "bins" else (None,):
-            found = scores(lambda L: model.predict(L, temperature), val)
+            model.temperature = temperature
+            found = scores(model.predict, val)
             label = name + (f", T {temperature}" if temperature else "")
             print(f"| {label} | {size:.1f} | {rate:.0f} | {found} |", flush=True)
         if "seed" not in name:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from typing import get_args
 
 import numpy as np
@@ -24,8 +25,8 @@ from basic_model import (DECODERS, ColorNet, bins_prior, color_bins, load_checkp
                          read_checkpoint, save_checkpoint)
 from colorize_data import ColorizeData, count_colors, prepare
 from photo import ColorizeError, FlagError
-from train import (OBJECTIVES, Means, Training, ema_update, learning_rate, plain,
-                   scene_loss, settle, train)
+from train import (OBJECTIVES, Training, ema_update, learning_rate, means_over_ranks,
+                   plain, scene_loss, settle, train)
 
 TINY = {"size": 64, "stages": 2, "init": "none", "epochs": 2, "batch_size": 3,
         "device": "cpu"}
@@ -115,11 +116,10 @@ def test_learning_rate_warms_up_and_falls_to_zero():
     assert rates[105] == pytest.approx(0.5) and rates[200] == pytest.approx(0, abs=1e-12)
 
 
-def test_means_weigh_by_photographs_and_leave_out_what_was_not_counted():
-    means = Means("loss", "accuracy")
-    means.add(3, loss=3 * 2.0)
-    means.add(1, loss=torch.tensor(6.0))
-    assert means.over_ranks(torch.device("cpu")) == {"loss": 3.0}
+def test_means_are_over_the_photographs_counted_and_of_none_there_is_none():
+    sums = Counter(loss=3 * 2.0, photographs=3)
+    sums.update(loss=6.0, photographs=1)
+    assert means_over_ranks(sums) == {"loss": 3.0} and means_over_ranks(Counter()) == {}
 
 
 def test_ema_follows_fast_at_first_and_buffers_are_copied():
@@ -158,7 +158,7 @@ def test_each_objective_lowers_its_own_loss_and_its_checkpoint_colours(
                   lr=5e-4 if loss == "gan" else 3e-3, init=str(checkpoints["ab"]),
                   class_weight=0.1)["resume"]["history"]
     assert history[-1]["loss"] < history[1]["loss"]  # 0 is the start, before any step
-    assert "accuracy" in history[-1] and ("d_real" in history[-1]) == (loss == "gan")
+    assert ("d_real" in history[-1]) == (loss == "gan")
     model, _ = load_checkpoint(tmp_path / "best_model.tar")
     with torch.no_grad():
         assert model.predict(torch.full((1, 1, 40, 40), 50.0)).isfinite().all()
@@ -262,15 +262,6 @@ def test_the_rate_of_each_weight_follows_the_schedule_and_a_trained_encoders_sha
     assert found["head.weight"] == found["context.weight"] == pytest.approx(0.008 / 3)
 
 
-def test_weight_decay_shrinks_the_weights_by_its_share_of_the_rate(photos, tmp_path):
-    one, other = (made_training(photos, tmp_path, weight_decay=w) for w in (0.0, 0.5))
-    before = first_step(one)["bottleneck.0.weight"]
-    first_step(other)
-    rate = one.optimizer.param_groups[0]["lr"]
-    difference = one.model.bottleneck[0].weight - other.model.bottleneck[0].weight
-    assert torch.allclose(difference, rate * 0.5 * before, atol=1e-7) and rate > 0
-
-
 def test_long_gradients_are_clipped(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MAX_NORM", 1e-3)
     training = made_training(photos, tmp_path)
@@ -323,30 +314,18 @@ def test_the_averaged_weights_are_those_that_are_shipped(photos, tmp_path):
     assert not torch.equal(shipped, resume["weights"]["head.weight"].half())
 
 
-@pytest.mark.parametrize("minutes, times", [(0.0, 8), (60.0, 2)])
-def test_last_tar_is_written_every_so_many_minutes_and_at_both_ends(
-        minutes, times, photos, tmp_path, monkeypatch):
+@pytest.mark.parametrize("seconds, times", [(0, 8), (3600, 2)])
+def test_last_tar_is_written_every_so_many_seconds_and_at_both_ends(
+        seconds, times, photos, tmp_path, monkeypatch):
     names = []
 
     def counted(path, *args, **extra):
         names.append(path.name)
         save_checkpoint(path, *args, **extra)
     monkeypatch.setattr(module, "save_checkpoint", counted)
-    run(photos, tmp_path, save_minutes=minutes)  # two epochs of three steps
+    monkeypatch.setattr(module, "SAVE_SECONDS", seconds)
+    run(photos, tmp_path)  # two epochs of three steps
     assert names.count("last.tar") == times
-
-
-def test_noise_on_the_discriminators_input_fades_over_the_first_half(
-        photos, tmp_path, checkpoints, monkeypatch):
-    seen, forward = [], module.Discriminator.forward
-
-    def watched(self, L, ab, noise=None):
-        if noise is not None:  # not where it judges for the network
-            seen.append(noise.std().item())
-        return forward(self, L, ab, 0.0 if noise is None else noise)
-    monkeypatch.setattr(module.Discriminator, "forward", watched)
-    run(photos, tmp_path, loss="gan", init=str(checkpoints["ab"]), batch_size=4)  # 4 steps
-    assert seen == pytest.approx([0.2, 0.1, 0, 0], abs=0.005)
 
 
 def test_a_regression_from_a_bins_checkpoint_fits_its_mean_and_keeps_its_colours(
@@ -430,7 +409,7 @@ def test_a_best_that_could_not_be_written_fails_the_command(photos, tmp_path, mo
             raise ColorizeError(f"{path}: cannot be written (the disk is full)")
         save_checkpoint(path, *args, **extra)
     monkeypatch.setattr(module, "save_checkpoint", refuse)
-    with pytest.raises(ColorizeError, match="does not hold.*the disk is full"):
+    with pytest.raises(ColorizeError, match="the disk is full"):
         run(photos, tmp_path, final=True)
     assert capsys.readouterr().out == ""
 
@@ -486,8 +465,8 @@ def test_the_seed_is_the_run(photos, tmp_path):
 
 
 @pytest.mark.parametrize("change, said", [
-    ({"batch_size": 4}, "--batch_size 3, not 4"), ({"loss": "l1"}, "--loss mse, not l1"),
-    ({"epochs": 1}, "--epochs 2"), ({"weight_decay": 0.5}, "--weight_decay"),
+    ({"batch_size": 4}, "batch_size 3, not 4"), ({"loss": "l1"}, "loss mse, not l1"),
+    ({"epochs": 1}, "epochs 2, not 1"),
     ({"data": "other"}, "photographs have changed")])
 def test_resuming_names_the_setting_that_differs(change, said, photos, tmp_path):
     run(photos, tmp_path / "out")
@@ -513,11 +492,11 @@ def test_resume_alone_goes_on_with_the_settings_in_the_checkpoint(photos, tmp_pa
 def test_a_second_training_into_a_folder_that_holds_one_is_refused(photos, tmp_path):
     run(photos, tmp_path, epochs=1)
     before = (tmp_path / "best_model.tar").read_bytes()
-    with pytest.raises(ColorizeError, match="of 1 epochs: --resume auto, or another"):
+    with pytest.raises(ColorizeError, match="holds a training: --resume auto, or another"):
         run(photos, tmp_path, epochs=1, seed=1)
     assert (tmp_path / "best_model.tar").read_bytes() == before
     (tmp_path / "last.tar").unlink()
-    with pytest.raises(ColorizeError, match="holds a training of .*: another --out"):
+    with pytest.raises(ColorizeError, match="holds a training"):
         run(photos, tmp_path, epochs=1, seed=1)
 
 
@@ -532,13 +511,6 @@ def test_two_trainings_at_once_cannot_write_into_one_folder(photos, tmp_path):
             module.claim(tmp_path, False)
         other.kill()
     module.claim(tmp_path, False).close()  # no lock outlives a kill
-
-
-def test_what_a_killed_run_left_half_written_is_cleared(tmp_path):
-    for name in (".last.tar.123.part", ".photo.png.123.part"):
-        (tmp_path / name).touch()
-    module.claim(tmp_path, False).close()
-    assert {path.name for path in tmp_path.iterdir()} == {".photo.png.123.part", ".lock"}
 
 
 def test_an_out_that_cannot_be_written_is_found_before_the_first_step(photos, tmp_path,
@@ -572,23 +544,13 @@ def spoil(contents: dict, where: str, value) -> None:
 
 @pytest.mark.parametrize("where, value", [
     ("training/settings", None), ("training/settings", [1]),
-    ("training/settings/loss", "mse2"),
-    ("training/settings/batch_size", "3"), ("training/settings/batch_size", 0),
-    ("training/settings/seed", -1), ("training/settings/film", None),
-    ("training/ranks", None),
-    ("training/fingerprint", None), ("training/start", None), ("training/trained", None),
-    ("training/trained", 3), ("mean_ab", None), ("resume/weights", None),
-    ("resume/weights", [1]),
-    ("resume/weights/head.weight", torch.zeros(3)), ("resume/average", {}),
-    ("resume/optimizer", None), ("resume/optimizer", {"state": 3}),
-    ("resume/optimizer/state/0/exp_avg", torch.zeros(2)),
-    ("resume/optimizer/state/0/exp_avg_sq", "x"), ("resume/optimizer/state/0/step", None),
-    ("resume/optimizer/state", {"a": 1}), ("resume/step", "x"), ("resume/step", -1),
-    ("resume/step", 10 ** 9), ("resume/best", "x"), ("resume/history", []),
-    ("resume/history", 5), ("resume/history", [{"epoch": 3}]),
-    ("resume/history/0/epoch", None),
-    ("resume/history/1/val_loss", "x"), ("resume/sums", {"losses": [1, 2]}),
-    ("resume/sums", None), ("resume/sums/loss", [1]), ("resume/skipped", "x")])
+    ("training/settings/loss", "mse2"), ("training/settings/film", None),
+    ("training/settings/batch_size", 0), ("training/ranks", None),
+    ("training/fingerprint", None), ("training/trained", 3), ("mean_ab", None),
+    ("resume/weights", [1]), ("resume/weights/head.weight", torch.zeros(3)),
+    ("resume/average", {}), ("resume/optimizer", {"state": 3}), ("resume/step", "x"),
+    ("resume/step", 10 ** 9), ("resume/best", None), ("resume/history", []),
+    ("resume/history/0/epoch", None), ("resume/sums", None)])
 def test_a_malformed_last_tar_is_named_in_one_line(where, value, cut, tmp_path):
     path = tmp_path / "last.tar"
     contents = torch.load(cut, weights_only=True)
@@ -612,14 +574,13 @@ def test_resuming_on_another_number_of_ranks_is_refused(cut, tmp_path):
     contents = torch.load(cut, weights_only=True)
     contents["training"]["ranks"] = 2
     torch.save(contents, tmp_path / "last.tar")
-    with pytest.raises(ColorizeError, match="2 ranks, not 1"):
+    with pytest.raises(ColorizeError, match="ranks 2, not 1"):
         train(out=tmp_path, resume="auto")
 
 
-def test_longer_epochs_are_allowed_and_said(photos, tmp_path, capsys):
+def test_longer_epochs_are_allowed(photos, tmp_path):
     run(photos, tmp_path, epochs=1)
     assert len(run(photos, tmp_path, resume="auto", epochs=2)["resume"]["history"]) == 2
-    assert "--epochs 2 instead of 1" in capsys.readouterr().err
 
 
 def test_a_model_is_no_training_to_resume(photos, tmp_path, checkpoints):
@@ -642,7 +603,6 @@ def test_a_step_that_is_not_finite_is_skipped_and_harms_nothing(
         photos, tmp_path, monkeypatch, capsys):
     poison(monkeypatch, {5})
     contents = run(photos, tmp_path)
-    assert contents["resume"]["skipped"] == 2
     assert capsys.readouterr().err.count("not finite; skipped") == 2
     assert all(w.isfinite().all() for w in contents["resume"]["weights"].values())
     assert math.isfinite(contents["resume"]["history"][-1]["val_loss"])
@@ -656,55 +616,26 @@ def test_ten_bad_steps_in_a_row_end_the_run_with_advice(photos, tmp_path, monkey
     assert same_weights(good, read_checkpoint(tmp_path / "last.tar"))
 
 
-def test_a_full_disk_leaves_the_previous_checkpoint_and_the_run_goes_on(
-        photos, tmp_path, monkeypatch, capsys):
-    # each epoch is the best so far, and is to be saved
-    monkeypatch.setattr(Training, "validate", lambda self: {"val_loss": 99.0 - self.step})
-    run(photos, tmp_path, epochs=1)
-    before = (tmp_path / "best_model.tar").read_bytes()
+def test_a_full_disk_ends_the_run_in_one_line_and_resuming_goes_on(
+        photos, tmp_path, monkeypatch):
+    whole = run(photos, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_at(2, patch)
+        run(photos, tmp_path / "cut")
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
-        with pytest.raises(ColorizeError, match="does not hold this training's best"):
-            train(data=photos, out=tmp_path, **TINY | {"epochs": 3, "resume": "auto"})
-    assert (tmp_path / "best_model.tar").read_bytes() == before
-    assert read_checkpoint(tmp_path / "last.tar")["resume"]["step"] == 3
-    assert "the disk is full" in capsys.readouterr().err
-    assert not list(tmp_path.glob(".*.part"))
-
-
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError(), MemoryError(), RuntimeError(
-    "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")])
-def test_out_of_memory_names_a_batch_size(error, photos, tmp_path, monkeypatch):
-    def exhausted(*_):
-        raise error
-    monkeypatch.setattr(Training, "train_step", exhausted)
-    with pytest.raises(ColorizeError, match="--batch_size 4"):
-        run(photos, tmp_path, batch_size=8)
-
-
-def test_a_defect_is_not_called_a_want_of_memory(photos, tmp_path, monkeypatch):
-    def broken(*_):
-        raise RuntimeError("shapes do not match")
-    monkeypatch.setattr(Training, "train_step", broken)
-    with pytest.raises(RuntimeError, match="shapes"):
-        run(photos, tmp_path)
-
-
-def test_a_rank_without_its_companions_is_said(photos, tmp_path, monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with pytest.raises(ColorizeError, match="RANK is set.*torchrun"):
-        run(photos, tmp_path)
+        with pytest.raises(ColorizeError, match="the disk is full"):
+            run(photos, tmp_path / "cut", resume="auto")
+    assert not list((tmp_path / "cut").glob("*.part"))
+    assert same_weights(whole, run(photos, tmp_path / "cut", resume="auto"))
 
 
 @pytest.mark.parametrize("flags, said", [
     ({"rebalance": 0.5}, "--loss bins"), ({"loss": "gan"}, "--init PATH"),
-    ({"loss": "gan", "init": "auto", "encoder": "resnet34"}, "--init PATH"),
-    ({"loss": "mze"}, "--loss one of mse"), ({"decoder": "wide"}, "--decoder is one of"),
-    ({"encoder_share": 0.0}, "--encoder_share 0")])
+    ({"loss": "gan", "init": "auto", "encoder": "resnet34"}, "--init PATH")])
 def test_flags_that_contradict_each_other_are_named(flags, said, photos, tmp_path):
     with pytest.raises(FlagError, match=said):
         run(photos, tmp_path, **flags)
@@ -744,22 +675,29 @@ def finish(line) -> None:
 def test_kill_9_at_any_moment_leaves_checkpoints_that_load_and_go_on(photos, tmp_path):
     """COLORIZE_KILLS=50 for more; in the end the weights are an uninterrupted run's."""
     prepare(photos)
-    flags = ["--epochs", "8", "--save_minutes", "0"]
-    finish(command(photos, tmp_path / "whole", *flags))
+    eager = tmp_path / "eager.py"  # last.tar at every step
+    eager.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+                     "import main, train; train.SAVE_SECONDS = 0\n"
+                     "sys.exit(main.main(sys.argv[1:]))\n")
+
+    def eagerly(out, *flags):
+        line = command(photos, out, "--epochs", "4", *flags)
+        return [str(eager) if word == str(ROOT / "main.py") else word for word in line]
+    finish(eagerly(tmp_path / "whole"))
     cut, moments = tmp_path / "cut", random.Random(0)
-    for _ in range(int(os.environ.get("COLORIZE_KILLS", 5))):
+    for _ in range(int(os.environ.get("COLORIZE_KILLS", 3))):
         process = subprocess.Popen(
-            command(photos, cut, *flags, "--resume", "auto"), env=ONE_THREAD, text=True,
+            eagerly(cut, "--resume", "auto"), env=ONE_THREAD, text=True,
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         for line in process.stderr:  # wait for the training proper, then let chance decide
-            if line.startswith("epoch 0"):
+            if line.startswith(("epoch", "settings")):
                 break
         time.sleep(moments.uniform(0, 1.0))
         process.kill()
         process.wait()
         for path in cut.glob("*.tar"):
             read_checkpoint(path)
-    finish(command(photos, cut, *flags, "--resume", "auto"))
+    finish(eagerly(cut, "--resume", "auto"))
     whole = read_checkpoint(tmp_path / "whole" / "last.tar")
     assert same_weights(whole, read_checkpoint(cut / "last.tar"))
     load_checkpoint(cut / "best_model.tar")
@@ -794,4 +732,4 @@ def test_two_ranks_do_the_work_of_one(photos, tmp_path):
 def test_run_directly_the_module_says_what_to_type():
     done = subprocess.run([sys.executable, ROOT / "train.py"], capture_output=True,
                           text=True)
-    assert done.returncode and done.stderr == "type: python main.py train\n"
+    assert done.returncode == 2 and done.stderr == "type: python main.py train\n"
