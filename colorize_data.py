@@ -100,9 +100,10 @@ def members(source: Path, bound: float):
 def unpack(source: Path, folder: Path) -> None:
     """Unpack a zip or tar; ColorizeError at the first sign that it is hostile or broken."""
     count, total, free = 0, 0, shutil.disk_usage(folder).free
-    bound = min(MAX_RATIO * max(source.stat().st_size, 1 << 20), free)
+    most = MAX_RATIO * max(source.stat().st_size, 1 << 20)
+    bound = min(most, free)
     try:
-        for name, size, kind, member in members(source, bound):
+        for name, size, kind, member in members(source, most):
             count, total, reason = count + 1, total + size, ""
             leads_out = name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name)
             if kind == "other" or leads_out:

@@ -319,9 +319,11 @@ def fixed_dabs(dabs: Image.Image, image: Image.Image, shape: tuple) -> tuple:
     size = [max(round(side * scale), 1) for side in dabs.size]
     lab = rgb_to_lab(np.asarray(dabs.resize(size, Image.Resampling.BOX)))
     photo = working_copy(image, min(size)).convert("RGB").resize(size)
-    difference = lab - rgb_to_lab(np.asarray(photo))
-    painted = (np.hypot(difference[..., 1], difference[..., 2]) > DAB_CHROMA) \
-        | (np.abs(difference[..., 0]) > DAB_LIGHTNESS)
+    truth = rgb_to_lab(np.asarray(photo))
+    # the copy may have been made gray first: what is as gray as it is no dab either
+    chroma = np.minimum(np.linalg.norm((lab - truth)[..., 1:], axis=-1),
+                        np.linalg.norm(lab[..., 1:], axis=-1))
+    painted = (chroma > DAB_CHROMA) | (np.abs(lab - truth)[..., 0] > DAB_LIGHTNESS)
     # eroded by a pixel: noise and blurred outlines go, strokes keep their core
     core = np.asarray(Image.fromarray(painted.astype(np.uint8) * 255).filter(
         ImageFilter.MinFilter(3))) > 0

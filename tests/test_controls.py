@@ -358,7 +358,7 @@ def test_alike_places_agree_and_unlike_ones_do_not():
     L[..., 32:] = 80
     features = torch.zeros(1, 8, 8, 8)
     features[:, 0, :, :4], features[:, 1, :, 4:] = 1, 1
-    likeness, places = inference.likeness_of(L, [None, None, features, features])
+    likeness, places = inference.likeness_of(L, [features, features])
     assert places == (8, 8)
     assert likeness.sum(dim=1) == pytest.approx(np.ones(64), abs=1e-5)
     flat = torch.full((1, 3, 16, 16), 7.0)
