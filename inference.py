@@ -390,7 +390,8 @@ def make_sheet(model: ColorNet, image: Image.Image, size: int) -> Image.Image:
 
 def draw_grid(image: Image.Image) -> Image.Image:
     """The photograph with labelled lines of its pixel coordinates, to find hints by."""
-    step = max(10, max(image.size) // 100 * 10)  # about 10 lines along the long side
+    steps = (digit * 10 ** power for power in range(1, 6) for digit in (1, 2, 5))
+    step = next(n for n in steps if max(image.size) <= 12 * n)  # 5 to 12 lines
     picture = working_copy(image, min(image.size)).convert("RGB")
     draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default(max(10, max(image.size) // 60))

@@ -415,8 +415,10 @@ class Training:
             part.load_state_dict(state[name])
         self.step, self.history, self.best = (state[k] for k in ("step", "history", "best"))
         self.sums = Counter(state["sums"])
+        epochs = [row["epoch"] for row in self.history]
         # the step lies in or at the end of the epoch after the last one of the history
-        if not self.history[-1]["epoch"] * self.steps_per_epoch <= self.step <= self.total:
+        if epochs != list(range(epochs[0], epochs[0] + len(epochs))) \
+                or not epochs[-1] * self.steps_per_epoch <= self.step <= self.total:
             raise ValueError
 
     def run(self) -> None:
