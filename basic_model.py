@@ -238,9 +238,9 @@ class Discriminator(nn.Module):
             channels = n
         self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 1, 3, padding=1))
 
-    def forward(self, L: torch.Tensor, ab: torch.Tensor, noise: torch.Tensor | float = 0.0):
-        """Logits (N, 1, ~H/8, ~W/8). noise: added to the input, scaled to about -1..1."""
-        return self.layers(torch.cat([L / 50 - 1, ab / AB_SCALE], dim=1) + noise)
+    def forward(self, L: torch.Tensor, ab: torch.Tensor) -> torch.Tensor:
+        """Logits (N, 1, ~H/8, ~W/8); the input is scaled to about -1..1."""
+        return self.layers(torch.cat([L / 50 - 1, ab / AB_SCALE], dim=1))
 
 
 # ---------------------------------------------------------------------------------- devices

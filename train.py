@@ -617,7 +617,7 @@ def train(*, data: Path = Path("data/input"), out: Path = Path("checkpoints"),
     lr: peak rate; 1e-3, or 4e-5 if all was trained (1e-9..10)
     encoder_share: of lr, for a trained encoder; 0: frozen (0..10)
     The machine:
-    seed: of order, crops, weights, noise (0..2147483647)
+    seed: of order, crops and fresh weights (0..2147483647)
     device: where to compute
     amp: bf16 arithmetic; auto: where the hardware has it
     """
