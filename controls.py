@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image, ImageColor, ImageFilter
+from torch.nn import functional as F
 
 from photo import (ColorizeError, FlagError, into_gamut, lightness, read_photo, rgb_to_lab,
                    spread_of, working_copy)
 
-# how far a hint spreads, found by eye on textured photographs: twice as much lightness
-# reaches over the outline, a weaker pull to the prediction over nearly all of a photograph
-HINT_SIGMA = 0.02     # difference of lightness (0..1) that counts as an edge
-HINT_MU = 1e-4        # pull to the prediction
-HINT_PULL = 1e-2      # pull of what is alike to what a hint asks: through texture and grain
-HINT_UNLIKE, HINT_HOLD = 0.15, 3e-3  # what is less alike is held at the prediction
-HINT_REACH = 0.5      # power of the likeness: an object varies more than its neighbours do
+# how far a hint spreads, found by eye on textured photographs
+HINT_SIGMA = 0.02     # difference of lightness (0..1) that counts as an edge; twice leaks
+HINT_PULL = 3e-3      # of a place to what it should be: colours blend over some 20 pixels
+HINT_LIKE = 0.05, 0.2  # likeness to a hint from which, and at which, a place belongs
 HINT_RADIUS = 2.5     # pixels of the disc that a hint fixes, at working resolution
 DAB_CHROMA = 14       # ab units by which a dab differs; JPEG's noise is less
 DAB_LIGHTNESS = 12    # L units by which a gray dab does
@@ -147,7 +146,7 @@ def vary(log_probability: np.ndarray, bins: np.ndarray, likeness: np.ndarray, pl
         field -= field.mean(axis=0)
         field /= np.maximum(np.sqrt((field ** 2).mean()), 1e-6)
     shape = log_probability.shape[1:]
-    field = np.stack([resize(plane, shape) for plane in field.T.reshape(2, *places)])
+    field = resize(field.T.reshape(2, *places), shape)
     # the spread of ab of the distribution that makes the colour, at each place
     annealed = np.exp((log_probability - log_probability.max(axis=0)) / temperature)
     annealed /= annealed.sum(axis=0)
@@ -159,8 +158,8 @@ def vary(log_probability: np.ndarray, bins: np.ndarray, likeness: np.ndarray, pl
     free = free * free * (3 - 2 * free)
     # a tilt lambda moves a mean by covariance . lambda: this one by about VARIANT_TILT
     # deviations; alike places by the same, or a wall would be spotted
-    gain = resize_down(free / deviation, places).flatten()
-    gain = resize((likeness @ gain).reshape(places), shape)
+    gain = resize_down((free / deviation)[None], places).flatten()
+    gain = resize((likeness @ gain).reshape(1, *places), shape)[0]
     gain = np.minimum(gain, free / VARIANT_CERTAIN)
     by = controls.strength * VARIANT_TILT * gain * np.clip(field, -2, 2)
     tilted = log_probability + temperature * np.einsum("chw,qc->qhw", by, bins)
@@ -170,16 +169,16 @@ def vary(log_probability: np.ndarray, bins: np.ndarray, likeness: np.ndarray, pl
     return np.where(likely, tilted, unlikely).astype(np.float32)
 
 
-def resize(plane: np.ndarray, shape: tuple) -> np.ndarray:
-    """A float32 plane (h, w), bilinear, to another shape (H, W)."""
-    image = Image.fromarray(np.ascontiguousarray(plane, np.float32))
-    return np.asarray(image.resize(shape[::-1], Image.Resampling.BILINEAR))
+def resize(planes: np.ndarray, shape: tuple) -> np.ndarray:
+    """Planes (C, h, w), bilinear and antialiased, at another shape: (C, *shape), float32."""
+    planes = torch.from_numpy(np.asarray(planes, np.float32))
+    return F.interpolate(planes[None], tuple(shape), mode="bilinear", antialias=True)[0].numpy()
 
 
-def resize_down(plane: np.ndarray, places: tuple) -> np.ndarray:
-    """The means of a float32 plane (h, w) over coarse places (rows, columns)."""
-    image = Image.fromarray(np.ascontiguousarray(plane, np.float32))
-    return np.asarray(image.resize(places[::-1], Image.Resampling.BOX))
+def resize_down(planes: np.ndarray, places: tuple) -> np.ndarray:
+    """The means of planes (C, h, w) over coarse places: (C, rows, columns), float32."""
+    planes = torch.from_numpy(np.asarray(planes, np.float32))
+    return F.adaptive_avg_pool2d(planes, places).numpy()
 
 
 # --------------------------------------------------------------------- mean colour and moods
@@ -258,7 +257,7 @@ def apply_controls(prediction: np.ndarray, L: np.ndarray, colors: np.ndarray | N
     """
     def decode(values, factor):
         planes = values if colors is None else np.einsum("qhw,qc->chw", values, colors)
-        return np.stack([resize(plane, L.shape) for plane in planes], axis=-1) * factor
+        return resize(planes, L.shape).transpose(1, 2, 0) * factor
 
     factor = np.float32(controls.saturation)
     plain = decode(prediction, factor)
@@ -327,68 +326,70 @@ def fixed_dabs(dabs: Image.Image, image: Image.Image, shape: tuple) -> tuple:
     # eroded by a pixel: noise and blurred outlines go, strokes keep their core
     core = np.asarray(Image.fromarray(painted.astype(np.uint8) * 255).filter(
         ImageFilter.MinFilter(3))) > 0
-    share = resize(core.astype(np.float32), shape)
-    planes = [resize(lab[..., channel] * core, shape) for channel in (1, 2)]
+    share, a, b = resize([core, lab[..., 1] * core, lab[..., 2] * core], shape)
     fixed = share > 0.5
-    wanted = np.stack(planes, axis=-1) / np.maximum(share, 1e-3)[..., None]
+    wanted = np.stack([a, b], axis=-1) / np.maximum(share, 1e-3)[..., None]
     if not fixed.any():
         raise FlagError("--hints: no dab found; paint broad strokes, over a hundredth of the "
                         "picture, on a copy of the photograph")
     return fixed, wanted
 
 
-def spread_by_likeness(d: np.ndarray, fixed: np.ndarray, likeness: np.ndarray,
-                       places: tuple) -> tuple[np.ndarray, np.ndarray]:
-    """How alike each pixel is to the hinted ones, (h, w) in 0..1, and what these ask of it.
+def belonging(fixed: np.ndarray, wanted: np.ndarray, likeness: np.ndarray,
+              places: tuple) -> tuple[np.ndarray, np.ndarray]:
+    """How much each pixel is of the hinted objects, 0..1 (h, w), and their colour there.
 
-    d: (2, h, w), the wanted differences at the pixels `fixed` (h, w). likeness (P, P) of the
-    coarse places, over its diagonal: 1 for a place itself, less with every difference.
+    fixed, wanted: of fixed_points or fixed_dabs. likeness (P, P) of the coarse places, over
+    its diagonal: 1 for a place itself, less with every difference. Colours are (2, h, w).
     """
-    share = resize_down(fixed.astype(np.float32), places)
-    asked = np.stack([resize_down(plane * fixed, places) for plane in d])
-    hinted = share.flatten() > 0
-    asked = (asked.reshape(2, -1)[:, hinted] / share.flatten()[hinted]).T   # (hinted, 2)
-    affinity = (likeness[:, hinted] / np.diag(likeness)[:, None]) ** HINT_REACH
-    by_place = affinity ** 4 @ asked / np.maximum((affinity ** 4).sum(1), 1e-12)[:, None]
-    alike = resize(affinity.max(axis=1).reshape(places), fixed.shape)
-    target = [resize(plane, fixed.shape) for plane in by_place.T.reshape(2, *places)]
-    return alike, np.stack(target)
+    share = resize_down(fixed[None].astype(np.float32), places).flatten()
+    colors = resize_down(wanted.transpose(2, 0, 1) * fixed, places).reshape(2, -1)
+    hinted = share > 0
+    colors = (colors[:, hinted] / share[hinted]).T                      # (hinted, 2)
+    alike = likeness[:, hinted] / np.diag(likeness)[:, None]            # (P, hinted)
+    # of two hints the one more alike decides: the square makes the choice firmer
+    mixed = alike ** 2 @ colors / np.maximum((alike ** 2).sum(axis=1), 1e-12)[:, None]
+    low, high = HINT_LIKE
+    # the root, as an object varies more in itself than the network's neighbours do
+    member = np.clip((np.sqrt(alike.max(axis=1)) - low) / (high - low), 0, 1)
+    return (resize(member.reshape(1, *places), fixed.shape)[0],
+            resize(mixed.T.reshape(2, *places), fixed.shape))
 
 
 def propagate_hints(L: np.ndarray, ab: np.ndarray, fixed: np.ndarray, wanted: np.ndarray,
                     likeness: np.ndarray, places: tuple) -> np.ndarray:
-    """Spread the colours `wanted` (h, w, 2) of the pixels `fixed` (h, w) over what is
-    alike.
+    """Spread the colours `wanted` (h, w, 2) of the pixels `fixed` (h, w) over their objects.
 
-    Minimizes sum w_rs (d_r - d_s)^2 + sum p (d - t)^2 + sum m d^2 over neighbours r, s for
-    d, the difference from the prediction ab (h, w, 2): w_rs = exp(-(L_r - L_s)^2 / 2
-    sigma^2), at least 1e-6; p pulls what is like the hints to what they ask, t, through any
-    texture; m holds the rest at the prediction. After Levin, Lischinski and Weiss 2004, in
-    a form that is solved in time.
+    Minimizes sum w_rs (d_r - d_s)^2 + p sum (d - t)^2 over neighbours r, s for d, the
+    difference from the prediction ab (h, w, 2), given where fixed: w_rs = exp(-(L_r -
+    L_s)^2 / 2 sigma^2), at least 1e-6, lets colours meet at outlines; t is what makes the
+    places that belong to the hints their colour, and nothing elsewhere. After Levin,
+    Lischinski and Weiss 2004, in a form that is solved in time, by conjugate gradients.
     """
+    member, colors = belonging(fixed, wanted, likeness, places)
+    ab = ab.transpose(2, 0, 1)
+    target = member * (colors - ab)
     free = 1 - fixed.astype(np.float32)
-    d = np.where(fixed[..., None], wanted - ab, 0).transpose(2, 0, 1).astype(np.float32)
-    alike, target = spread_by_likeness(d, fixed, likeness, places)
-    pull = HINT_PULL * alike
+    d = np.where(fixed, wanted.transpose(2, 0, 1) - ab, target).astype(np.float32)
     down, right = (np.exp(-np.diff(L / 100, axis=axis) ** 2
                           / (2 * HINT_SIGMA ** 2)).clip(min=1e-6) for axis in (0, 1))
-    total = np.where(alike < HINT_UNLIKE, HINT_HOLD, HINT_MU) + pull + (
+    total = HINT_PULL + (
         np.pad(down, ((0, 1), (0, 0))) + np.pad(down, ((1, 0), (0, 0)))
         + np.pad(right, ((0, 0), (0, 1))) + np.pad(right, ((0, 0), (1, 0))))
 
-    def gradient(d):  # zero where d is fixed
+    def gradient(d):  # of half of the sum but for the target; zero where d is fixed
         result = total * d
         result[:, :-1] -= down * d[:, 1:]
         result[:, 1:] -= down * d[:, :-1]
         result[..., :-1] -= right * d[..., 1:]
         result[..., 1:] -= right * d[..., :-1]
         return free * result
-    residual = free * pull * target - gradient(d)
+    residual = free * HINT_PULL * target - gradient(d)
     direction, power, enough = 0, np.float32(1), None
-    for _ in range(3000):  # conjugate gradients, scaled by the diagonal, a beside b
+    for _ in range(1000):  # a few dozen are enough; scaled by the diagonal, a beside b
         scaled = residual / total
         power, last = (residual * scaled).sum(axis=(1, 2), keepdims=True), power
-        enough = 1e-9 * power.max() if enough is None else enough  # 0.3 ab units from exact
+        enough = 1e-9 * power.max() if enough is None else enough  # 0.1 ab units from exact
         if power.max() <= enough:
             break
         direction = scaled + power / np.maximum(last, 1e-30) * direction
@@ -397,7 +398,7 @@ def propagate_hints(L: np.ndarray, ab: np.ndarray, fixed: np.ndarray, wanted: np
         rate = power / np.maximum(curvature, 1e-30)
         d += rate * direction
         residual -= rate * product
-    return ab + d.transpose(1, 2, 0)
+    return (ab + d).transpose(1, 2, 0)
 
 
 def hint_correction(image: Image.Image, upsample, hints: tuple, scale: float):
