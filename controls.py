@@ -23,7 +23,7 @@ HINT_RADIUS = 2.5     # pixels of the disc that a hint fixes, at working resolut
 DAB_CHROMA = 14       # ab units by which a dab differs; JPEG's noise is less
 DAB_LIGHTNESS = 12    # L units by which a gray dab does
 # a variant tilts each place's colours by about this share of the standard deviation of its
-# own distribution, and not at all where that is under 6 ab units: skin, sky, grass are known
+# own distribution, not at all where that is under 6 ab units: skin, sky, grass are known
 VARIANT_TILT, VARIANT_CERTAIN, VARIANT_OPEN = 0.7, 6.0, 14.0
 VARIANT_ROUNDS = 10   # of the likeness: after these an object has one colour
 
@@ -80,10 +80,10 @@ def read_mean_color(text: str) -> tuple[float, float]:
 
 
 def read_hints(text: str) -> tuple[tuple, Image.Image | None]:
-    """--hints: "x,y,#rrggbb; ...", a text file of these, or a dabbed copy; points and
-    copy."""
+    """--hints "x,y,#rrggbb; ...", a .txt of these, or a dabbed copy: points and copy."""
     path = Path(text)
-    if text and "," not in path.name:  # points have commas, names of files seldom
+    known = {".txt", *Image.registered_extensions()}
+    if text and ("," not in text or path.suffix.lower() in known):
         if path.suffix.lower() != ".txt":
             return (), read_photo(path).image.convert("RGB")
         try:
@@ -170,9 +170,9 @@ def vary(log_probability: np.ndarray, bins: np.ndarray, likeness: np.ndarray, pl
 
 
 def resize(planes: np.ndarray, shape: tuple) -> np.ndarray:
-    """Planes (C, h, w), bilinear and antialiased, at another shape: (C, *shape), float32."""
-    planes = torch.from_numpy(np.asarray(planes, np.float32))
-    return F.interpolate(planes[None], tuple(shape), mode="bilinear", antialias=True)[0].numpy()
+    """Planes (C, h, w) at another shape, bilinear and antialiased: (C, *shape), float32."""
+    planes = torch.from_numpy(np.asarray(planes, np.float32))[None]
+    return F.interpolate(planes, tuple(shape), mode="bilinear", antialias=True)[0].numpy()
 
 
 def resize_down(planes: np.ndarray, places: tuple) -> np.ndarray:
@@ -181,7 +181,7 @@ def resize_down(planes: np.ndarray, places: tuple) -> np.ndarray:
     return F.adaptive_avg_pool2d(planes, places).numpy()
 
 
-# --------------------------------------------------------------------- mean colour and moods
+# -------------------------------------------------------------------- mean colour and moods
 
 def tilt(probability: np.ndarray, colors: np.ndarray, target: np.ndarray,
          start: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -224,8 +224,7 @@ def tilt(probability: np.ndarray, colors: np.ndarray, target: np.ndarray,
 
 
 def shift(ab: np.ndarray, L: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """ab (h, w, 2) with its mean moved to the target (2,), by nothing at black and
-    white."""
+    """ab (h, w, 2), its mean moved to the target (2,), by nothing at black and white."""
     fade = np.clip(4 * (L / 100) * (1 - L / 100), 0, 1)[..., None]
     by = (target - ab.mean(axis=(0, 1))) / max(fade.mean(), 1e-3)
     return ab + fade * by.astype(np.float32)
@@ -284,27 +283,31 @@ def apply_controls(prediction: np.ndarray, L: np.ndarray, colors: np.ndarray | N
 
 # ------------------------------------------------------------------------------------ hints
 
-def fixed_points(hints: list, L: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which pixels of L (h, w) the hints (x, y, a, b) fix, (h, w) bool, and their ab (h, w,
-    2).
+def fixed_points(hints: tuple, image: Image.Image,
+                 L: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which pixels of L (h, w) the hints fix, (h, w) bool, and their ab (h, w, 2).
 
-    What is like the hint in a disc around it: not across an outline, two sigma of
-    lightness.
+    hints: (x, y, a, b) in pixels of the photograph `image`, of which L is the working copy.
+    What is like a hint in a disc around it: not across an outline, two sigma of lightness.
     """
-    y, x = np.mgrid[:L.shape[0], :L.shape[1]]
-    fixed, wanted = np.zeros(L.shape, bool), np.zeros((*L.shape, 2), np.float32)
+    height, width = L.shape
+    row, column = np.mgrid[:height, :width]
+    fixed, wanted = np.zeros(L.shape, bool), np.zeros((height, width, 2), np.float32)
     nearest = np.full(L.shape, np.inf)  # where discs overlap the nearer hint holds
-    for hx, hy, *ab in hints:
-        distance = (x - hx) ** 2 + (y - hy) ** 2
+    for x, y, *ab in hints:
+        if not (0 <= x < image.width and 0 <= y < image.height):
+            raise FlagError(f"--hints: {x},{y} is outside the photograph, which is "
+                            f"{image.width}x{image.height}; the origin is the top left")
+        x, y = x * width // image.width, y * height // image.height
+        distance = (column - x) ** 2 + (row - y) ** 2
         disc = (distance <= HINT_RADIUS ** 2) & (distance < nearest)
-        disc &= np.abs(L - L[hy, hx]) <= 200 * HINT_SIGMA
+        disc &= np.abs(L - L[y, x]) <= 200 * HINT_SIGMA
         fixed[disc], wanted[disc], nearest[disc] = True, ab, distance[disc]
     return fixed, wanted
 
 
 def fixed_dabs(dabs: Image.Image, image: Image.Image, shape: tuple) -> tuple:
-    """Which pixels of a working copy (h, w) are dabbed, (h, w) bool, and their ab (h, w,
-    2).
+    """Which pixels of a working copy are dabbed, (h, w) bool, and their ab (h, w, 2).
 
     dabs: a copy of the photograph `image`, any size of the same shape, with colours painted
     on (Levin et al. 2004). Where it differs from the photograph in chroma, or clearly in
@@ -312,8 +315,8 @@ def fixed_dabs(dabs: Image.Image, image: Image.Image, shape: tuple) -> tuple:
     by JPEG, are left out.
     """
     if abs(dabs.width / dabs.height * image.height / image.width - 1) > 0.02:
-        raise FlagError(f"--hints: the dabbed picture is {dabs.width}x{dabs.height}, not of "
-                        f"the photograph's shape {image.width}x{image.height}")
+        raise FlagError(f"--hints: the dabbed picture is {dabs.width}x{dabs.height}, not "
+                        f"of the photograph's shape {image.width}x{image.height}")
     scale = min(1.0, 2 * max(shape) / max(dabs.size))  # more would only cost time
     size = [max(round(side * scale), 1) for side in dabs.size]
     lab = rgb_to_lab(np.asarray(dabs.resize(size, Image.Resampling.BOX)))
@@ -330,8 +333,8 @@ def fixed_dabs(dabs: Image.Image, image: Image.Image, shape: tuple) -> tuple:
     fixed = share > 0.5
     wanted = np.stack([a, b], axis=-1) / np.maximum(share, 1e-3)[..., None]
     if not fixed.any():
-        raise FlagError("--hints: no dab found; paint broad strokes, over a hundredth of the "
-                        "picture, on a copy of the photograph")
+        raise FlagError("--hints: no dab found; paint broad strokes, over a hundredth of "
+                        "the picture, on a copy of the photograph")
     return fixed, wanted
 
 
@@ -358,7 +361,7 @@ def belonging(fixed: np.ndarray, wanted: np.ndarray, likeness: np.ndarray,
 
 def propagate_hints(L: np.ndarray, ab: np.ndarray, fixed: np.ndarray, wanted: np.ndarray,
                     likeness: np.ndarray, places: tuple) -> np.ndarray:
-    """Spread the colours `wanted` (h, w, 2) of the pixels `fixed` (h, w) over their objects.
+    """Spread the colours `wanted` (h, w, 2) of pixels `fixed` (h, w) over their objects.
 
     Minimizes sum w_rs (d_r - d_s)^2 + p sum (d - t)^2 over neighbours r, s for d, the
     difference from the prediction ab (h, w, 2), given where fixed: w_rs = exp(-(L_r -
@@ -402,8 +405,7 @@ def propagate_hints(L: np.ndarray, ab: np.ndarray, fixed: np.ndarray, wanted: np
 
 
 def hint_correction(image: Image.Image, upsample, hints: tuple, scale: float):
-    """A function that gives each hint's own pixel exactly its colour, and what is like it
-    near.
+    """A function that gives each hint's pixel exactly its colour, and what is like it near.
 
     scale: pixels of the photograph for one of the network's. Each hint adds a bump,
     Gaussian in distance and lightness; the amounts are solved for together (radial basis

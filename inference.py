@@ -2,7 +2,6 @@
 
     python main.py inference --image x.png --model checkpoints/best_model.tar
     python main.py inference --image archive/ --output coloured/ --mood warm
-    python main.py inference --image x.png --hints dabs.png --compare
     python main.py inference --image x.png --sheet      # moods and variants, to choose from
 
     from inference import colorize                 # in a notebook, the shipped colours:
@@ -11,7 +10,6 @@
 L of the photograph is kept to rounding; the network only adds ab.
 """
 
-import http.client
 import tempfile
 import time
 import urllib.parse
@@ -25,21 +23,21 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional as F
 
 from basic_model import PRETRAINED, ColorNet, choose_device, load_checkpoint, upsample
 from controls import (MOODS, Controls, apply_controls, fixed_dabs, fixed_points,
                       hint_correction, propagate_hints, read_controls, vary)
-from photo import (VERSION, ColorizeError, FlagError, Photo, check_target,
-                   content_hash, decode_photo, guided_upsampler, into_gamut, is_result,
-                   lab_to_linear, lightness, linear_to_srgb, made_with, ordered_map,
-                   picture_sheet, printable, progress, read_pages, read_photo, say, survey,
-                   tone_of, working_copy, write_photo)
+from photo import (MADE, VERSION, ColorizeError, FlagError, Photo, check_target,
+                   content_hash, decode_photo, guided_upsampler, into_gamut, lab_to_linear,
+                   lightness, linear_to_srgb, made_with, ordered_map, picture_sheet,
+                   printable, progress, read_pages, read_photo, say, survey, tone_of,
+                   working_copy, write_photo)
 
 STRIP = 1 << 20           # pixels of full resolution in memory at a time
 MAX_DOWNLOAD = 200 << 20  # bytes
-DEADLINE = 120            # seconds for a download, all of it
+DEADLINE = 45             # seconds for a download, all of it
 ENLARGE = 2.0             # at most, of photographs smaller than the working size
 # working sizes asked, as shares of --size, and their weights: the small one sees things
 # whole, the large one small figures; mirror images and a third size gained nothing
@@ -49,6 +47,7 @@ SCALES = ((0.5, 0.5), (1.0, 0.5))
 # and flowers pale; narrower, and spots stay
 LIKE_L, LIKE_DISTANCE, LIKE_FEATURES = 10.0, 0.4, 0.45
 MAX_PLACES = 4096         # of the likeness matrix: 64 MB
+TIFF = (".tif", ".tiff")
 
 
 # --------------------------------------------------------------------------- one photograph
@@ -98,7 +97,7 @@ def predict(model: ColorNet, image: Image.Image, size: int) -> Prediction:
     """Ask the network at several working sizes, average, and let alike places agree.
 
     Averaged are log-probabilities (a colour must be likely at each size), or ab of an ab
-    head. Raises ColorizeError where memory ends or a value is not finite.
+    head. Raises ColorizeError where a value is not finite.
     """
     device, total = next(model.parameters()).device, 0
     bins = model.arguments["head"] == "bins"
@@ -106,14 +105,8 @@ def predict(model: ColorNet, image: Image.Image, size: int) -> Prediction:
     for scale, weight in SCALES:
         copy = full if scale == 1 else working_copy(full, max(round(size * scale), 32))
         L = torch.from_numpy(lightness(copy))[None, None]
-        try:
-            levels = model.encode(L.to(device))
-            output = model.color(levels, L.shape[-2:]).float().cpu()
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if "memory" not in str(error):
-                raise
-            raise ColorizeError(f"the {device.type} ran out of memory: a smaller --size, "
-                                "or --device cpu") from None
+        levels = model.encode(L.to(device))
+        output = model.color(levels, L.shape[-2:]).float().cpu()
         shape = full.size[::-1]
         if bins:
             output = output.log_softmax(dim=1)
@@ -131,11 +124,9 @@ def predict(model: ColorNet, image: Image.Image, size: int) -> Prediction:
 
 def render(image: Image.Image, L_small: np.ndarray, ab: np.ndarray, hints: tuple = (),
            deep: bool = False) -> tuple[Image.Image | np.ndarray, np.ndarray]:
-    """The photograph with ab (h, w, 2) at full resolution, in gamut, strip by strip; its
-    mean ab.
+    """The photograph with ab (h, w, 2) at full resolution, in gamut; and its mean ab.
 
-    L_small: L (h, w) at the resolution of ab. deep: uint16 (H, W, 3) rather than an RGB
-    image.
+    L_small: L (h, w) of ab's resolution. deep: uint16 (H, W, 3), else a Pillow RGB image.
     """
     width, height = image.size
     enlarge = guided_upsampler(L_small, ab, width, height)
@@ -163,8 +154,7 @@ def render(image: Image.Image, L_small: np.ndarray, ab: np.ndarray, hints: tuple
 
 def add_color(model: ColorNet, image: Image.Image, prediction: Prediction,
               controls: Controls, deep: bool = False) -> tuple:
-    """Controls, hints, full resolution, gamut: picture, its mean ab, the mean ab asked
-    for."""
+    """A prediction with its controls as picture, its mean ab, and the mean ab asked for."""
     L, values, colors = prediction.L, prediction.values, None
     if model.arguments["head"] == "bins":
         colors = model.bins.cpu().numpy()
@@ -177,22 +167,11 @@ def add_color(model: ColorNet, image: Image.Image, prediction: Prediction,
         raise FlagError("--variant needs a checkpoint trained with --loss bins")
     ab, wanted = apply_controls(values, L, colors, controls)
     if controls.hints or controls.dabs is not None:
-        fixed, target = fixed_points(points_at_work(controls.hints, image, L.shape), L)
-        if controls.dabs is not None:
-            fixed, target = fixed_dabs(controls.dabs, image, L.shape)
+        fixed, target = (fixed_points(controls.hints, image, L) if controls.hints else
+                         fixed_dabs(controls.dabs, image, L.shape))
         ab = propagate_hints(L, into_gamut(L, ab), fixed, target, prediction.likeness,
                              prediction.places)
     return *render(image, L, ab, controls.hints, deep), wanted
-
-
-def points_at_work(hints: tuple, image: Image.Image, shape: tuple) -> list:
-    """Hints in pixels of the photograph as hints in pixels of its working copy (h, w)."""
-    for x, y, *_ in hints:
-        if not (0 <= x < image.width and 0 <= y < image.height):
-            raise FlagError(f"--hints: {x},{y} is outside the photograph, which is "
-                            f"{image.width}x{image.height}; the origin is the top left")
-    return [(x * shape[1] // image.width, y * shape[0] // image.height, a, b)
-            for x, y, a, b in hints]
 
 
 def colorize(model: ColorNet | None, image: Image.Image | np.ndarray | str | Path,
@@ -209,7 +188,7 @@ def colorize(model: ColorNet | None, image: Image.Image | np.ndarray | str | Pat
         image = read_photo(Path(image)).image
     else:
         image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-        image = image if image.mode in ("L", "RGB", "I;16") else decode_photo(image).image
+        image = decode_photo(image).image
     prediction = predict(model, image, size)
     return add_color(model, image, prediction, controls, image.mode == "I;16")[0]
 
@@ -225,8 +204,7 @@ def load_model(model: str | Path | None, device: str) -> tuple[ColorNet, Path, d
 
 
 def download(url: str, folder: Path) -> Path:
-    """Fetch an http(s) address into a folder; at most MAX_DOWNLOAD bytes, DEADLINE
-    seconds."""
+    """Fetch an http(s) address into a folder, within MAX_DOWNLOAD bytes and DEADLINE."""
     if not url.startswith(("http://", "https://")):
         raise ColorizeError(f"{url}: only http and https are fetched; download it yourself")
     content = Future()
@@ -234,8 +212,6 @@ def download(url: str, folder: Path) -> Path:
     def fetch():
         try:
             with urllib.request.urlopen(url, timeout=30) as response:
-                if not response.url.startswith(("http://", "https://")):
-                    raise ValueError("it leads to something else than http")
                 content.set_result(response.read(MAX_DOWNLOAD + 1))
         except Exception as error:
             content.set_exception(error)
@@ -249,7 +225,7 @@ def download(url: str, folder: Path) -> Path:
         # a folder for each: two addresses may end in one name
         path = Path(tempfile.mkdtemp(dir=folder)) / (name or "photograph")
         path.write_bytes(got)
-    except (OSError, ValueError, http.client.HTTPException) as error:
+    except Exception as error:  # what servers do ends in many kinds
         reason = printable(getattr(error, "reason", error))[:200] or "it takes too long"
         raise ColorizeError(f"{url}: cannot be fetched ({reason}); download it "
                             "yourself") from None
@@ -268,21 +244,18 @@ class Job(NamedTuple):
     invert: bool
 
 
-def target_of(path: Path, folder: Path, ending: str, extension: str | None) -> Path:
-    """folder/NAME_ENDING: a TIFF for a TIFF, else a PNG, or as asked."""
-    tiff = path.suffix.lower() in (".tif", ".tiff")
-    return folder / f"{path.stem}_{ending}.{extension or ('tif' if tiff else 'png')}"
-
-
 def plan_outputs(images: list[str], output: Path, downloads: Path, ending: str,
                  extension: str | None) -> list[tuple[Path, Path]]:
     """(photograph, result) of all that was asked for: files, folders and addresses."""
-    named = "." in output.name and not output.is_dir()  # a file
     plan = {}
+
+    def put(source, folder):  # a TIFF for a TIFF, else a PNG, or as asked
+        own = "tif" if source.suffix.lower() in TIFF else "png"
+        plan[source] = folder / f"{source.stem}_{ending}.{extension or own}"
     for image in images:
         source = download(image, downloads) if "://" in image else Path(image)
         if not source.is_dir():
-            plan[source] = output if named else target_of(source, output, ending, extension)
+            put(source, output)
             continue
         found, passed_over = survey(source)
         for reason, paths in passed_over.items():
@@ -291,28 +264,30 @@ def plan_outputs(images: list[str], output: Path, downloads: Path, ending: str,
         inside = output.resolve()  # results there are not photographs to colour
         for path in found:
             below = inside != source.resolve() and inside in path.resolve().parents
-            if not below and not is_result(path):
-                folder = output / path.relative_to(source).parent
-                plan[path] = target_of(path, folder, ending, extension)
+            if not below and not made_with(path):
+                put(path, output / path.relative_to(source).parent)
     if not plan:
         raise ColorizeError(f"{' '.join(images)}: no photograph below it; name one, or "
                             "another folder")
-    if named and len(plan) > 1:
-        raise ColorizeError(f"--output {output}: is one file for {len(plan)} photographs; "
-                            "name a folder")
-    alike = Counter(plan.values())  # a.jpg and a.png keep their endings
-    while max(alike.values()) > 1:
+    if "." in output.name and not output.is_dir():  # a file
+        if len(plan) > 1:
+            raise ColorizeError(f"--output {output}: is one file for {len(plan)} "
+                                "photographs; name a folder")
+        return [(source, output) for source in plan]
+    # a.jpg and a.png keep their endings; that may meet a.jpg.png, which then keeps its own
+    for _ in range(3):
+        alike = Counter(plan.values())
         plan = {path: target if alike[target] == 1 else
                 target.with_stem(f"{path.name}_{ending}") for path, target in plan.items()}
-        if alike == (alike := Counter(plan.values())):
-            raise ColorizeError(f"{max(alike, key=alike.get)}: is the result of several "
-                                "photographs; name one folder at a time")
+    target, count = Counter(plan.values()).most_common(1)[0]
+    if count > 1:
+        raise ColorizeError(f"{target}: is the result of several photographs; name one "
+                            "folder at a time")
     return list(plan.items())
 
 
 def color_file(job: Job, pair: tuple[Path, Path]) -> str | ColorizeError:
-    """Colour one photograph of a plan: the line to print, "" where it was there, or the
-    error."""
+    """Colour one photograph of a plan: the line to print, "" if it was there; an error."""
     (source, target), start = pair, time.monotonic()
     try:
         check_target(target)  # first: of a name that is too long nothing can be asked
@@ -320,17 +295,19 @@ def color_file(job: Job, pair: tuple[Path, Path]) -> str | ColorizeError:
             raise ColorizeError(f"{target}: is the photograph itself; name another "
                                 "--output")
         there = made_with(target) if target.is_file() else ""
-        if there == job.description and not job.overwrite:
+        # a photograph may have been scanned again under its old name
+        if there == job.description and not job.overwrite and \
+                (not source.exists() or source.stat().st_mtime <= target.stat().st_mtime):
             return ""
         if target.is_file() and not there and not job.overwrite:
             raise ColorizeError(f"{target}: is there and was not made by this program; "
                                 "name another --output, or give --overwrite")
         photos = read_pages(source, job.max_megapixels)
-        if len(photos) > 1 and target.suffix.lower() not in (".tif", ".tiff"):
+        tiff, modes = target.suffix.lower() in TIFF, [photo.image.mode for photo in photos]
+        if len(photos) > 1 and not tiff:
             raise ColorizeError(f"{source}: has {len(photos)} pages, which only a .tif can "
                                 "hold; name one as --output, or --format tif")
-        deep = (len(photos) == 1 and job.kind == "color" and photos[0].image.mode == "I;16"
-                and target.suffix.lower() in (".tif", ".tiff"))
+        deep = tiff and modes == ["I;16"] and job.kind == "color"
         pictures, remarks = zip(*(make_picture(job, photo, deep) for photo in photos))
         lost = write_photo(target, list(pictures), photos[0], job.description)
     except ColorizeError as error:
@@ -346,8 +323,8 @@ def make_picture(job: Job, photo: Photo, deep: bool) -> tuple:
     """The picture of one page that a job asks for, and remarks on it."""
     image, remarks = photo.image, [photo.note]
     if job.invert:
-        image = ImageOps.invert(image) if image.mode != "I;16" else \
-            Image.fromarray(65535 - np.asarray(image))
+        pixels = np.asarray(image)
+        image = Image.fromarray(np.iinfo(pixels.dtype).max - pixels)
     if job.kind == "grid":
         return draw_grid(image), remarks
     if job.kind == "sheet":
@@ -366,9 +343,7 @@ def make_picture(job: Job, photo: Photo, deep: bool) -> tuple:
     if job.kind == "compare":
         L = prediction.L
         gray, _ = render(image, L, np.zeros((*L.shape, 2), np.float32))
-        both = gray.crop((0, 0, 2 * image.width, image.height))  # room on its right
-        both.paste(picture, (image.width, 0))
-        picture = both
+        picture = Image.fromarray(np.hstack([gray, picture]))
     elif photo.alpha is not None and not deep:
         picture.putalpha(photo.alpha)
     return picture, remarks
@@ -377,15 +352,13 @@ def make_picture(job: Job, photo: Photo, deep: bool) -> tuple:
 def make_sheet(model: ColorNet, image: Image.Image, size: int) -> Image.Image:
     """Every mood and four variants of one photograph, with their flags below."""
     image = working_copy(image, max(size, 288))
-    choices = [{}] + [{"mood": mood} for mood in MOODS]
+    choices = {"no flag": Controls()} | {f"--mood {name}": MOODS[name] for name in MOODS}
     if model.arguments["head"] == "bins":
-        choices += [{"variant": n} for n in (1, 2, 3, 4)]
+        choices |= {f"--variant {n}": Controls(variant=n) for n in (1, 2, 3, 4)}
     prediction = predict(model, image, size)
-    tiles = [add_color(model, image, prediction, read_controls(**flags))[0]
-             for flags in choices]
-    captions = [" ".join(f"--{name} {value}" for name, value in flags.items()) or "no flag"
-                for flags in choices]
-    return picture_sheet(tiles, 5, captions, 288)
+    tiles = [add_color(model, image, prediction, controls)[0]
+             for controls in choices.values()]
+    return picture_sheet(tiles, 5, list(choices), 288)
 
 
 def draw_grid(image: Image.Image) -> Image.Image:
@@ -454,12 +427,13 @@ def inference(*, image: list[str] = ("data/input/val",), model: str | None = Non
     say(f"loaded {path} ({contents['model']['encoder']}, {contents['model']['head']}) "
         f"on {next(network.parameters()).device}")
     kind = kinds[0] if kinds else "color"
+    # in each result: what was made otherwise is made again
     settings = {"checkpoint": content_hash(path)[:12], "size": size, "kind": kind,
-                "invert": invert or None, **controls._asdict()}
-    if controls.dabs is not None:
-        settings["dabs"] = content_hash(Path(hints))[:12]
-    description = ", ".join([f"Colours added by colorize {VERSION}"] + [
-        f"{name} {value}" for name, value in settings.items() if value not in (None, ())])
+                "invert": invert or None, **controls._asdict(),
+                "dabs": controls.dabs and content_hash(Path(hints))[:12]}
+    words = [f"{name} {value}" for name, value in settings.items()
+             if value not in (None, ())]
+    description = ", ".join([f"{MADE} {VERSION}", *words])
     job = Job(network, size, controls, kind, description, max_megapixels, overwrite, invert)
     with tempfile.TemporaryDirectory() as downloads:
         images = [image] if isinstance(image, (str, Path)) else image
@@ -471,26 +445,24 @@ def inference(*, image: list[str] = ("data/input/val",), model: str | None = Non
 
 
 def run_plan(job: Job, plan: list[tuple[Path, Path]]) -> None:
-    """Colour each photograph of a plan, two at a time; a line each, and how it went at the
-    end."""
-    failed, done, there = [], 0, 0
+    """Colour each photograph of a plan, two at a time; a line for each, then the counts."""
+    failed, there = [], 0
     results = ordered_map(partial(color_file, job), plan, 2, window=2)
     for (source, _), line in zip(plan, progress(results, len(plan), "photographs")):
         if isinstance(line, ColorizeError):
             if len(plan) == 1:
                 raise line
-            failed.append(source)
+            failed.append(str(source))
             say(f"error: {line}")
         elif line:
-            done += 1
             say(line, result=True)
         else:
             there += 1
     if len(plan) > 1 or there:
-        say(f"{done} done, {there} already there with these settings"
-            + " (--overwrite does them again)" * bool(there) + f", {len(failed)} failed",
-            result=True)
+        again = " (--overwrite does them again)" * bool(there)
+        say(f"{len(plan) - there - len(failed)} done, {there} already there with these "
+            f"settings{again}, {len(failed)} failed", result=True)
     if failed:
-        names = ", ".join(str(path) for path in failed[:20]) + ", ..." * (len(failed) > 20)
+        names = ", ".join(failed[:20]) + ", ..." * (len(failed) > 20)
         raise ColorizeError(f"{len(failed)} of {len(plan)} photographs could not be "
                             f"coloured: {names}; the reasons are above")

@@ -210,7 +210,7 @@ def halves(shape, places) -> tuple:
 
 def test_a_hint_fills_its_object_and_stops_at_the_outline():
     L = two_sides()
-    fixed, wanted = fixed_points([(20, 20, 30, -20)], L)
+    fixed, wanted = fixed_points([(20, 20, 30, -20)], picture_of(L), L)
     places = (48, 64)  # each pixel is a place: alike where the lightness is
     like = (L.ravel()[:, None] == L.ravel()).astype(np.float32)
     ab = controls.propagate_hints(L, np.zeros((48, 64, 2), np.float32), fixed, wanted,
@@ -221,7 +221,7 @@ def test_a_hint_fills_its_object_and_stops_at_the_outline():
 
 def test_a_hint_stays_on_its_side_of_equal_lightness_when_features_differ():
     L = np.full((40, 160), 50, np.float32)
-    fixed, wanted = fixed_points([(30, 20, 30, -20)], L)
+    fixed, wanted = fixed_points([(30, 20, 30, -20)], picture_of(L), L)
     ab = controls.propagate_hints(L, np.zeros((40, 160, 2), np.float32), fixed, wanted,
                                   *halves(L.shape, (5, 20)))
     assert ab[:, :60, 0].min() > 24 and np.abs(ab[:, 130:]).max() < 3

@@ -94,14 +94,6 @@ def test_colours_that_are_not_finite_are_an_error(checkpoints, damage):
         colorize(model, gray_photo(), 32)
 
 
-def test_a_cpu_out_of_memory_is_one_line(models, monkeypatch):
-    def encode(L):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 GB")
-    monkeypatch.setattr(models["ab"], "encode", encode)
-    with pytest.raises(ColorizeError, match="smaller --size"):
-        colorize(models["ab"], gray_photo(), 32)
-
-
 # --------------------------------------------------------------------------------- edges
 
 def test_constant_lightness_leaves_plain_bicubic():
