@@ -22,6 +22,11 @@ HINT_LIKE = 0.05, 0.2  # likeness to a hint from which, and at which, a place be
 HINT_RADIUS = 2.5     # pixels of the disc that a hint fixes, at working resolution
 DAB_CHROMA = 14       # ab units by which a dab differs; JPEG's noise is less
 DAB_LIGHTNESS = 12    # L units by which a gray dab does
+# how alike two places are, exp(-d^2/2): lightness, distance as a share of the long side,
+# and the encoder's features of length 1; from 60 validation and 12 old photographs: wider,
+# and flowers pale; narrower, and spots stay
+LIKE_L, LIKE_DISTANCE, LIKE_FEATURES = 10.0, 0.4, 0.45
+MAX_PLACES = 4096     # of the likeness matrix: 64 MB
 # a variant tilts each place's colours by about this share of the standard deviation of its
 # own distribution, not at all where that is under 6 ab units: skin, sky, grass are known
 VARIANT_TILT, VARIANT_CERTAIN, VARIANT_OPEN = 0.7, 6.0, 14.0
@@ -58,12 +63,12 @@ MOODS = {
 def hex_to_ab(text: str, flag: str) -> tuple[float, float]:
     """ab of "#rrggbb"."""
     try:
-        red, green, blue = ImageColor.getrgb(text.strip())[:3]
-        if max(red, green, blue) > 255:  # rgb(300,0,0) passes Pillow
+        rgb = np.array(ImageColor.getrgb(text.strip())[:3])
+        if rgb.max() > 255:  # rgb(300,0,0) passes Pillow
             raise ValueError
     except ValueError:
         raise FlagError(f"{flag}: '{text.strip()}' is no colour; write #rrggbb") from None
-    return tuple(rgb_to_lab(np.array([red, green, blue], np.uint8))[1:].tolist())
+    return tuple(rgb_to_lab(rgb.astype(np.uint8))[1:].tolist())
 
 
 def read_mean_color(text: str) -> tuple[float, float]:
@@ -71,12 +76,12 @@ def read_mean_color(text: str) -> tuple[float, float]:
     if text.count(",") != 1:
         return hex_to_ab(text, "--mean_color")
     try:
-        a, b = (float(part) for part in text.split(","))
-        if abs(a) <= 128 and abs(b) <= 128:  # nan is not
-            return a, b
+        a, b = map(float, text.split(","))
     except ValueError:
-        pass
-    raise FlagError(f"--mean_color {text}: write #rrggbb, or a,b, both within -128..128")
+        a = b = np.nan
+    if not max(abs(a), abs(b)) <= 128:  # nor is nan
+        raise FlagError(f"--mean_color {text}: write #rrggbb, or a,b within -128..128")
+    return a, b
 
 
 def read_hints(text: str) -> tuple[tuple, Image.Image | None]:
@@ -92,14 +97,12 @@ def read_hints(text: str) -> tuple[tuple, Image.Image | None]:
             raise ColorizeError(f"--hints {path}: cannot be read as text; write "
                                 "x,y,#rrggbb in each line") from None
     hints = []
-    for part in filter(str.strip, text.split(";")):
+    for point in filter(str.strip, text.split(";")):
         try:
-            x, y, color = part.split(",", 2)
-            x, y = int(x), int(y)
+            x, y, color = point.split(",", 2)
+            hints.append((int(x), int(y), *hex_to_ab(color, "--hints")))
         except ValueError:
-            raise FlagError(f"--hints '{part.strip()}': write x,y,#rrggbb; "
-                            "x,y,#rrggbb") from None
-        hints.append((x, y, *hex_to_ab(color, "--hints")))
+            raise FlagError(f"--hints '{point.strip()}': write x,y,#rrggbb") from None
     return tuple(hints), None
 
 
@@ -129,6 +132,52 @@ def read_controls(mood: str | None = None, mean_color: str | None = None,
         bundle.shift, target, spread, strength, variant, points, dabs)
 
 
+# ----------------------------------------------------------------------------- alike places
+
+def resize(planes: np.ndarray, shape: tuple) -> np.ndarray:
+    """Planes (C, h, w) at another shape, bilinear and antialiased: (C, *shape), float32."""
+    planes = torch.from_numpy(np.asarray(planes, np.float32))[None]
+    return F.interpolate(planes, tuple(shape), mode="bilinear", antialias=True)[0].numpy()
+
+
+def resize_down(planes: np.ndarray, places: tuple) -> np.ndarray:
+    """The means of planes (C, h, w) over coarse places: (C, rows, columns), float32."""
+    planes = torch.from_numpy(np.asarray(planes, np.float32))
+    return F.adaptive_avg_pool2d(planes, places).numpy()
+
+
+def likeness_of(L: np.ndarray, levels: list[torch.Tensor]) -> tuple[np.ndarray, tuple]:
+    """How alike the places of a coarse grid are, (P, P), rows in sum one; the grid's shape.
+
+    L: (h, w); levels: the encoder's features, (1, C, h/stride, w/stride) each. A place is
+    8 x 8 pixels, or more where there would be over MAX_PLACES.
+    """
+    cell = max(8.0, np.sqrt(L.size / MAX_PLACES))
+    places = tuple(max(int(side / cell), 1) for side in L.shape)
+    gray = torch.from_numpy(resize_down(L[None], places)).flatten()[:, None]       # (P, 1)
+    y, x = torch.meshgrid(*map(torch.arange, places), indexing="ij")
+    where = torch.stack([y, x], dim=-1).reshape(-1, 2) / max(places)               # (P, 2)
+    exponent = torch.cdist(gray, gray) ** 2 / (2 * LIKE_L ** 2)
+    exponent += torch.cdist(where, where) ** 2 / (2 * LIKE_DISTANCE ** 2)
+    for level in levels:
+        if round(L.shape[1] / level.shape[-1]) in (8, 16):  # strides that know objects
+            features = F.interpolate(level.float().cpu(), places, mode="bilinear")
+            features = F.normalize(features[0].flatten(1).T, dim=1)                # (P, C)
+            exponent += torch.cdist(features, features) ** 2 / (2 * LIKE_FEATURES ** 2)
+    return torch.softmax(-exponent, dim=1).numpy(), places
+
+
+def agree(values: np.ndarray, likeness: np.ndarray, places: tuple) -> np.ndarray:
+    """values (C, h, w) with the mean over alike places in place of their own.
+
+    What each of the coarse places differs from that mean is enlarged and taken away, so
+    that detail stays.
+    """
+    coarse = resize_down(values, places).reshape(len(values), -1)                  # (C, P)
+    change = coarse @ likeness.T - coarse
+    return values + resize(change.reshape(-1, *places), values.shape[1:])
+
+
 # --------------------------------------------------------------------------------- variants
 
 def vary(log_probability: np.ndarray, bins: np.ndarray, likeness: np.ndarray, places: tuple,
@@ -140,11 +189,10 @@ def vary(log_probability: np.ndarray, bins: np.ndarray, likeness: np.ndarray, pl
     each place's own standard deviations. Colours that the network finds unlikely stay so.
     """
     random = np.random.default_rng([controls.variant, 7])
-    field = random.standard_normal((likeness.shape[0], 2)).astype(np.float32)
+    field = random.standard_normal((len(likeness), 2)).astype(np.float32)
     for _ in range(VARIANT_ROUNDS):
         field = likeness @ field
-        field -= field.mean(axis=0)
-        field /= np.maximum(np.sqrt((field ** 2).mean()), 1e-6)
+        field = (field - field.mean(axis=0)) / max(field.std(), 1e-6)
     shape = log_probability.shape[1:]
     field = resize(field.T.reshape(2, *places), shape)
     # the spread of ab of the distribution that makes the colour, at each place
@@ -169,18 +217,6 @@ def vary(log_probability: np.ndarray, bins: np.ndarray, likeness: np.ndarray, pl
     return np.where(likely, tilted, unlikely).astype(np.float32)
 
 
-def resize(planes: np.ndarray, shape: tuple) -> np.ndarray:
-    """Planes (C, h, w) at another shape, bilinear and antialiased: (C, *shape), float32."""
-    planes = torch.from_numpy(np.asarray(planes, np.float32))[None]
-    return F.interpolate(planes, tuple(shape), mode="bilinear", antialias=True)[0].numpy()
-
-
-def resize_down(planes: np.ndarray, places: tuple) -> np.ndarray:
-    """The means of planes (C, h, w) over coarse places: (C, rows, columns), float32."""
-    planes = torch.from_numpy(np.asarray(planes, np.float32))
-    return F.adaptive_avg_pool2d(planes, places).numpy()
-
-
 # -------------------------------------------------------------------- mean colour and moods
 
 def tilt(probability: np.ndarray, colors: np.ndarray, target: np.ndarray,
@@ -188,44 +224,30 @@ def tilt(probability: np.ndarray, colors: np.ndarray, target: np.ndarray,
     """Move the mean colour of distributions by the smallest change in relative entropy.
 
     probability (P, Q), colors (Q, 2), target (2,): p'(q) ~ p(q) exp(lambda . c_q) with one
-    lambda for all P, by Newton with step control on the convex mean log-partition less
-    lambda . target, whose gradient is (mean - target) and whose Hessian is the mean
-    covariance. Returns p' and lambda. Out of reach: the nearest that was found.
+    lambda for all P, where the convex mean log-partition less lambda . target is least: its
+    gradient is (mean - target). Returns p' and lambda; out of reach: the nearest found.
     """
-    probability, colors = probability.astype(np.float64), colors.astype(np.float64)
-    products = np.einsum("qi,qj->qij", colors, colors).reshape(-1, 4)
-    vector = np.zeros(2) if start is None else start
+    log_p = torch.from_numpy(probability).double().clamp(min=1e-30).log()
+    colors, target = torch.from_numpy(colors).double(), torch.from_numpy(target).double()
+    vector = torch.tensor([0.0, 0.0] if start is None else start, dtype=torch.float64,
+                          requires_grad=True)
+    # 7 to 10 evaluations, where the target can be reached
+    optimizer = torch.optim.LBFGS([vector], max_iter=30, tolerance_grad=1e-3,
+                                  line_search_fn="strong_wolfe")
 
-    def tilted(vector):
-        exponent = colors @ vector
-        weighted = probability * np.exp(exponent - exponent.max())
-        total = np.maximum(weighted.sum(axis=1, keepdims=True), 1e-300)
-        value = float(np.log(total).mean() + exponent.max() - vector @ target)
-        return weighted / total, value
-    current, value = tilted(vector)
-    for _ in range(50):  # 1 to 4 are enough where the target can be reached
-        means = current @ colors
-        gradient = means.mean(axis=0) - target
-        if np.linalg.norm(gradient) < 0.02:
-            break
-        covariance = (current @ products).mean(axis=0).reshape(2, 2)
-        covariance -= means.T @ means / len(means)
-        step = np.linalg.solve(covariance + 1e-4 * np.eye(2), gradient)
-        step *= min(1.0, 0.2 / np.linalg.norm(step))  # exp(0.2 * 110) is all the range
-        for _ in range(20):  # halved until the value falls enough (Armijo)
-            trial, trial_value = tilted(vector - step)
-            if trial_value < value - 1e-4 * (step @ gradient):
-                break
-            step = step / 2
-        else:
-            break
-        vector, current, value = vector - step, trial, trial_value
-    return current, vector
+    def value():
+        optimizer.zero_grad()
+        partition = torch.logsumexp(log_p + colors @ vector, dim=1).mean()
+        (partition - vector @ target).backward()
+        return partition.detach() - vector.detach() @ target
+    optimizer.step(value)
+    vector = vector.detach()
+    return torch.softmax(log_p + colors @ vector, dim=1).numpy(), vector.numpy()
 
 
 def shift(ab: np.ndarray, L: np.ndarray, target: np.ndarray) -> np.ndarray:
     """ab (h, w, 2), its mean moved to the target (2,), by nothing at black and white."""
-    fade = np.clip(4 * (L / 100) * (1 - L / 100), 0, 1)[..., None]
+    fade = np.clip(4 * (L / 100) * (1 - L / 100), 0, 1)[..., None]  # 1 at middle gray
     by = (target - ab.mean(axis=(0, 1))) / max(fade.mean(), 1e-3)
     return ab + fade * by.astype(np.float32)
 
@@ -340,16 +362,16 @@ def fixed_dabs(dabs: Image.Image, image: Image.Image, shape: tuple) -> tuple:
 
 def belonging(fixed: np.ndarray, wanted: np.ndarray, likeness: np.ndarray,
               places: tuple) -> tuple[np.ndarray, np.ndarray]:
-    """How much each pixel is of the hinted objects, 0..1 (h, w), and their colour there.
+    """How much each pixel is of the hinted objects, 0..1 (h, w), and their ab (2, h, w).
 
-    fixed, wanted: of fixed_points or fixed_dabs. likeness (P, P) of the coarse places, over
-    its diagonal: 1 for a place itself, less with every difference. Colours are (2, h, w).
+    fixed, wanted: of fixed_points or fixed_dabs. likeness (P, P): of the coarse places.
     """
     share = resize_down(fixed[None].astype(np.float32), places).flatten()
     colors = resize_down(wanted.transpose(2, 0, 1) * fixed, places).reshape(2, -1)
     hinted = share > 0
     colors = (colors[:, hinted] / share[hinted]).T                      # (hinted, 2)
-    alike = likeness[:, hinted] / np.diag(likeness)[:, None]            # (P, hinted)
+    # (P, hinted), over the diagonal: 1 for a place itself, less with every difference
+    alike = likeness[:, hinted] / np.diag(likeness)[:, None]
     # of two hints the one more alike decides: the square makes the choice firmer
     mixed = alike ** 2 @ colors / np.maximum((alike ** 2).sum(axis=1), 1e-12)[:, None]
     low, high = HINT_LIKE
@@ -407,9 +429,8 @@ def propagate_hints(L: np.ndarray, ab: np.ndarray, fixed: np.ndarray, wanted: np
 def hint_correction(image: Image.Image, upsample, hints: tuple, scale: float):
     """A function that gives each hint's pixel exactly its colour, and what is like it near.
 
-    scale: pixels of the photograph for one of the network's. Each hint adds a bump,
-    Gaussian in distance and lightness; the amounts are solved for together (radial basis
-    functions), so that hints close to each other do not add up.
+    scale: pixels of the photograph for one of the network's. Each hint adds a bump in
+    distance and lightness, their amounts solved for together (radial basis functions).
     """
     if not hints:
         return lambda L, colors, top: None

@@ -24,11 +24,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch.nn import functional as F
 
 from basic_model import PRETRAINED, ColorNet, choose_device, load_checkpoint, upsample
-from controls import (MOODS, Controls, apply_controls, fixed_dabs, fixed_points,
-                      hint_correction, propagate_hints, read_controls, vary)
+from controls import (MOODS, Controls, agree, apply_controls, fixed_dabs, fixed_points,
+                      hint_correction, likeness_of, propagate_hints, read_controls, vary)
 from photo import (MADE, VERSION, ColorizeError, FlagError, Photo, check_target,
                    content_hash, decode_photo, guided_upsampler, into_gamut, lab_to_linear,
                    lightness, linear_to_srgb, made_with, ordered_map, picture_sheet,
@@ -42,11 +41,6 @@ ENLARGE = 2.0             # at most, of photographs smaller than the working siz
 # working sizes asked, as shares of --size, and their weights: the small one sees things
 # whole, the large one small figures; mirror images and a third size gained nothing
 SCALES = ((0.5, 0.5), (1.0, 0.5))
-# how alike two places are, exp(-d^2/2): lightness, distance as a share of the long side,
-# and the encoder's features of length 1; from 60 validation and 12 old photographs: wider,
-# and flowers pale; narrower, and spots stay
-LIKE_L, LIKE_DISTANCE, LIKE_FEATURES = 10.0, 0.4, 0.45
-MAX_PLACES = 4096         # of the likeness matrix: 64 MB
 TIFF = (".tif", ".tiff")
 
 
@@ -55,41 +49,9 @@ TIFF = (".tif", ".tiff")
 class Prediction(NamedTuple):
     """What the network says of a photograph, at working resolution, on the CPU."""
     L: np.ndarray             # (h, w)
-    values: np.ndarray        # log-probabilities (Q, ceil(h/4), ceil(w/4)) or ab (2, h, w)
+    values: np.ndarray        # logits (Q, ceil(h/4), ceil(w/4)) of bins, or ab (2, h, w)
     likeness: np.ndarray      # (P, P) of the places, rows sum to one
     places: tuple[int, int]   # rows and columns of the places
-
-
-def likeness_of(L: torch.Tensor, levels: list[torch.Tensor]) -> tuple[torch.Tensor, tuple]:
-    """How alike places of a coarse grid are, (P, P), rows in sum one; and the grid's shape.
-
-    L: (1, 1, h, w); levels: the encoder's features. A place is 8 x 8 pixels, or more where
-    there would be over MAX_PLACES.
-    """
-    cell = max(8.0, float(np.sqrt(L.numel() / MAX_PLACES)))
-    places = tuple(max(int(side / cell), 1) for side in L.shape[-2:])
-    gray = F.adaptive_avg_pool2d(L, places).flatten()[:, None]
-    y, x = torch.meshgrid(*map(torch.arange, places), indexing="ij")
-    where = torch.stack([y, x], dim=-1).reshape(-1, 2) / max(places)
-    exponent = torch.cdist(gray, gray) ** 2 / (2 * LIKE_L ** 2)
-    exponent += torch.cdist(where, where) ** 2 / (2 * LIKE_DISTANCE ** 2)
-    for level in levels:
-        if round(L.shape[-1] / level.shape[-1]) in (8, 16):  # strides that know objects
-            flat = F.normalize(upsample(level.float(), places)[0].flatten(1).T, dim=1)
-            exponent += torch.cdist(flat, flat) ** 2 / (2 * LIKE_FEATURES ** 2)
-    return torch.softmax(-exponent, dim=1), places
-
-
-def agree(values: torch.Tensor, likeness: torch.Tensor, places: tuple) -> torch.Tensor:
-    """values (1, C, h, w) with the mean over alike places in place of their own.
-
-    What each of the coarse places differs from that mean is enlarged and taken away, so
-    that detail stays.
-    """
-    coarse = F.adaptive_avg_pool2d(values, places)
-    flat = coarse[0].flatten(1).T  # (P, C)
-    change = (likeness @ flat - flat).T.reshape(coarse.shape)
-    return values + upsample(change, values.shape[-2:])
 
 
 @torch.inference_mode()
@@ -102,24 +64,23 @@ def predict(model: ColorNet, image: Image.Image, size: int) -> Prediction:
     device, total = next(model.parameters()).device, 0
     bins = model.arguments["head"] == "bins"
     full = working_copy(image, size, ENLARGE)
+    shape = full.size[::-1]
+    if bins:  # colours are classified at a quarter of the resolution
+        shape = [-(-side // 4) for side in shape]
     for scale, weight in SCALES:
         copy = full if scale == 1 else working_copy(full, max(round(size * scale), 32))
-        L = torch.from_numpy(lightness(copy))[None, None]
-        levels = model.encode(L.to(device))
-        output = model.color(levels, L.shape[-2:]).float().cpu()
-        shape = full.size[::-1]
+        L = lightness(copy)
+        levels = model.encode(torch.from_numpy(L)[None, None].to(device))
+        output = model.color(levels, L.shape).float().cpu()  # (1, Q or 2, ...)
         if bins:
             output = output.log_softmax(dim=1)
-            shape = [-(-side // 4) for side in shape]
         total = total + weight * upsample(output, shape)
-    likeness, places = likeness_of(L, [level.cpu() for level in levels])  # of the full size
-    values = agree(total, likeness, places)
-    if bins:
-        values = values.log_softmax(dim=1)
-    if not values.isfinite().all():
+    likeness, places = likeness_of(L, levels)  # of the last size, the full one
+    values = agree(total[0].numpy(), likeness, places)
+    if not np.isfinite(values).all():
         raise ColorizeError("the checkpoint gives colours that are not finite: it is "
                             "damaged; use another --model")
-    return Prediction(L[0, 0].numpy(), values[0].numpy(), likeness.numpy(), places)
+    return Prediction(L, values, likeness, places)
 
 
 def render(image: Image.Image, L_small: np.ndarray, ab: np.ndarray, hints: tuple = (),
