@@ -26,7 +26,7 @@ from skimage.color import deltaE_ciede2000
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from colorize_data import SIDE
-from controls import read_controls
+from controls import Controls, read_controls
 from inference import colorize, load_model
 from photo import (ColorizeError, FlagError, content_hash, find_photos, lab_to_image,
                    lab_to_rgb, lightness, ordered_map, picture_sheet, printable, progress,
@@ -179,6 +179,46 @@ def print_table(title: str, summaries: dict) -> None:
             print(f"{heading:<20}" + "".join(map(str.rjust, cells, widths.values())))
 
 
+def collect_methods(names: list, device: str, size: int, controls: Controls) -> dict:
+    """What makes a picture of a picture, by name: the baselines, then the checkpoints."""
+    methods = {"gray": partial(mean_color_baseline, np.zeros((101, 2)))}
+    for network, path, contents in [load_model(name, device) for name in names]:
+        if "mean_ab" in contents:  # of the first checkpoint alone: they hardly differ
+            mean_ab = contents["mean_ab"].numpy()
+            methods.setdefault(MEAN_COLOR, partial(mean_color_baseline, mean_ab))
+        methods[str(path)] = partial(colorize, network, size=size, controls=controls)
+    return methods
+
+
+def scored_copy(path: Path) -> tuple[Image.Image, bool]:
+    """The photograph, RGB, its short side at most SIDE; whether its colours are a truth."""
+    image = read_photo(path).image
+    picture = working_copy(image, SIDE).convert("RGB")
+    if min(picture.size) < 32:
+        raise ColorizeError(f"{path}: too small to score; 32 pixels are the least")
+    return picture, tone_of(image) == "coloured"  # sepia is no truth
+
+
+def score_all(paths: list[Path], methods: dict) -> list[tuple[Path, dict]]:
+    """(photograph, its scores by method); what cannot be read is left out, and said."""
+    def score_one(path):
+        try:
+            picture, colored = scored_copy(path)
+        except ColorizeError as error:
+            if len(paths) == 1:
+                raise
+            return say(f"left out: {error}")
+        true = np.asarray(picture) if colored else None
+        return path, {name: score(np.asarray(method(picture)), true)
+                      for name, method in methods.items()}
+    # two at a time: one is read while the network works on another
+    scored = progress(ordered_map(score_one, paths, 2), len(paths), "evaluate")
+    results = [result for result in scored if result]
+    if not results:
+        raise ColorizeError(f"none of {len(paths)} photographs could be scored; see above")
+    return results
+
+
 def evaluate(*, image: list[str] | Path = ("data/input/val",), model: str | None = None,
              size: int = 256, saturation: float | None = None,
              out: Path = Path("data/output/evaluation"),
@@ -192,7 +232,7 @@ def evaluate(*, image: list[str] | Path = ("data/input/val",), model: str | None
     out: folder for evaluation.json, scores.csv and evaluation.png
     device: where to compute
     """
-    out, places = Path(out), [image] if isinstance(image, (str, Path)) else image
+    places = [image] if isinstance(image, (str, Path)) else image
     paths = [path for place in map(Path, places)
              for path in (find_photos(place) if place.is_dir() else [place])]
     if not paths:
@@ -204,64 +244,42 @@ def evaluate(*, image: list[str] | Path = ("data/input/val",), model: str | None
     if not names:
         raise FlagError(f"--model '{model}': names no checkpoint; write a.tar,b.tar")
     controls = read_controls(saturation=saturation)
-    # a method makes a picture of a picture: the baselines, then the checkpoints
-    methods, hashes = {"gray": partial(mean_color_baseline, np.zeros((101, 2)))}, {}
-    for network, path, contents in [load_model(name, device) for name in names]:
-        hashes[str(path)] = content_hash(path)[:12]
-        if "mean_ab" in contents:  # of the first checkpoint alone: they hardly differ
-            mean_ab = contents["mean_ab"].numpy()
-            methods.setdefault(MEAN_COLOR, partial(mean_color_baseline, mean_ab))
-        methods[str(path)] = partial(colorize, network, size=size, controls=controls)
-
-    def score_all(path):
-        try:
-            picture, colored = scored_copy(path)
-        except ColorizeError as error:
-            if len(paths) == 1:
-                raise
-            say(f"left out: {error}")
-            return None
-        true = np.asarray(picture) if colored else None
-        return path, {name: score(np.asarray(method(picture)), true)
-                      for name, method in methods.items()}
-    # two at a time: one is read while the network works on another
-    scored = progress(ordered_map(score_all, paths, 2), len(paths), "evaluate")
-    results = [result for result in scored if result]
-    if not results:
-        raise ColorizeError(f"none of {len(paths)} photographs could be scored; see above")
-    report = {"settings": {"image": list(map(str, places)), "size": size,
-                           "saturation": saturation, "scored_short_side": SIDE},
-              "checkpoints": hashes,
-              "scores": {str(path): scores for path, scores in results}}
+    methods = collect_methods(names, device, size, controls)
+    checkpoints = [name for name in methods if name not in ("gray", MEAN_COLOR)]
+    settings = {"image": list(map(str, places)), "size": size, "saturation": saturation,
+                "scored_short_side": SIDE}
+    report = {"settings": settings, "checkpoints": {
+        name: content_hash(Path(name))[:12] for name in checkpoints}}
+    results = score_all(paths, methods)
+    write_report(Path(out), report, results)
     truth = [result for result in results if "ciede2000" in result[1]["gray"]]
-    without = [result for result in results if "ciede2000" not in result[1]["gray"]]
-    for kind, group in (("in colour", truth), ("gray or toned", without)):
+    draw_evaluation(Path(out, "evaluation.png"), truth or results, methods)
+
+
+def write_report(out: Path, report: dict, results: list) -> None:
+    """Tables of those with and those without a truth; evaluation.json, scores.csv."""
+    report["scores"] = {str(path): scores for path, scores in results}
+    rows = [{"photograph": path, "method": method} | scores
+            for path, by_method in results for method, scores in by_method.items()]
+    # those with a truth come first: their columns make the header
+    groups = {"in colour": [row for row in rows if "ciede2000" in row],
+              "gray or toned": [row for row in rows if "ciede2000" not in row]}
+    for kind, group in groups.items():
+        summaries = {method: summarize([row for row in group if row["method"] == method])
+                     for method in results[0][1] if group}
         if group:
-            summaries = {name: summarize([scores[name] for _, scores in group])
-                         for name in methods}
-            print_table(f"{len(group)} photographs {kind}, network at {size} px", summaries)
-            report[kind] = {"photographs": len(group), "summary": {
+            count = len(group) // len(summaries)
+            print_table(f"{count} photographs {kind}, network at "
+                        f"{report['settings']['size']} px", summaries)
+            report[kind] = {"photographs": count, "summary": {
                 method: {name: {"mean": mean, "interval95": width}
                          for name, (mean, width) in summary.items()}
                 for method, summary in summaries.items()}}
     write_atomically(out / "evaluation.json",
                      lambda name: name.write_text(json.dumps(report, indent=1)))
     write_csv(out / "scores.csv", [
-        {"photograph": path, "method": method}
-        | {name: round(x, 4) for name, x in scores.items()}
-        for path, by_method in truth + without for method, scores in by_method.items()])
-    draw_evaluation(out / "evaluation.png", truth or without, methods)
-    say(f"{out / 'evaluation.png'}: from best to worst by "
-        + ("CIEDE2000" if truth else "patchiness"), result=True)
-
-
-def scored_copy(path: Path) -> tuple[Image.Image, bool]:
-    """The photograph, RGB, its short side at most SIDE; whether its colours are a truth."""
-    image = read_photo(path).image
-    picture = working_copy(image, SIDE).convert("RGB")
-    if min(picture.size) < 32:
-        raise ColorizeError(f"{path}: too small to score; 32 pixels are the least")
-    return picture, tone_of(image) == "coloured"  # sepia is no truth
+        {name: round(x, 4) if isinstance(x, float) else x for name, x in row.items()}
+        for group in groups.values() for row in group])
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
@@ -280,26 +298,24 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 def draw_evaluation(path: Path, results: list, methods: dict) -> None:
     """Twelve photographs at fixed quantiles of the error: gray | checkpoints | itself."""
     names = [name for name in methods if name != MEAN_COLOR]
-
-    def error(scores):  # of one photograph and method
-        if "ciede2000" in scores:
-            return "dE", scores["ciede2000"]
-        return "patchiness", scores["even_change"] / max(scores["even_chroma"], LITTLE)
-    # by the first checkpoint
-    ranked = sorted(results, key=lambda result: error(result[1][names[1]])[1])
+    error = "ciede2000" if "ciede2000" in results[0][1]["gray"] else "patchiness"
+    # by the first checkpoint, best first
+    ranked = sorted(results, key=lambda result: summarize([result[1][names[1]]])[error])
     tiles, captions = [], []
-    for q in np.linspace(0, 1, min(12, len(ranked))):
-        source, scores = ranked[round(q * (len(ranked) - 1))]
+    for place in np.linspace(0, len(ranked) - 1, min(12, len(ranked))):
+        source, scores = ranked[round(place)]
         picture, _ = scored_copy(source)
         tiles += [methods[name](picture) for name in names] + [picture]
         # the end of a name tells most; 32 letters fill a tile
-        captions += ["{}: {} {:.3g}".format(printable(name).removesuffix(".tar")[-16:],
-                                            *error(scores[name])) for name in names]
-        captions.append(printable(source.name)[:32])
+        captions += ["{} {:.3g}".format(printable(name).removesuffix(".tar")[-16:],
+                                        summarize([scores[name]])[error][0])
+                     for name in names] + [printable(source.name)[:32]]
     # two photographs a row, where they are narrow
     columns = (len(names) + 1) * (2 if len(names) < 3 else 1)
     sheet = picture_sheet(tiles, columns, captions, 200)
     write_atomically(path, lambda name: sheet.save(name, "PNG"))
+    say(f"{path}: from best to worst by {SCORES[error][0]}, which the captions give",
+        result=True)
 
 
 # ------------------------------------------------------------------- pictures of a training
@@ -321,62 +337,47 @@ CURVES = {  # a panel each: title, columns, logarithmic
     "discriminator": (["d_loss", "d_real", "d_fake"], False),
 }
 COLORS = ["#1f5fbf", "#d06010", "#208040"]
+WIDTH, HEIGHT = 520, 300  # of a panel, pixels
 
 
 def draw_curves(path: Path, history: list[dict]) -> None:
     """A training's history as a picture: a panel for each of CURVES that it has."""
-    panels = [(title, [c for c in columns if c in history[-1]], log)
-              for title, (columns, log) in CURVES.items()]
-    panels = [panel for panel in panels if panel[1]]
-    width, height = 520, 300
-    picture = Image.new("RGB", (width * 2, height * -(-len(panels) // 2)), "white")
-    for i, (title, columns, log) in enumerate(panels):
-        curves = {name: [(row["epoch"], row[name]) for row in history if name in row]
-                  for name in columns}
-        draw_panel(ImageDraw.Draw(picture), i % 2 * width, i // 2 * height, width, height,
-                   title, curves, log)
+    panels = []
+    for title, (columns, log) in CURVES.items():
+        curves = {}
+        for name in columns:
+            points = np.array([(row["epoch"], row[name]) for row in history
+                               if math.isfinite(row.get(name, math.nan))])  # (n, 2)
+            if len(points):
+                curves[name] = points
+                points[:, 1] = np.log10(points[:, 1].clip(1e-12)) if log else points[:, 1]
+        if curves:
+            panels.append((title, curves, log))
+    picture = Image.new("RGB", (WIDTH * 2, HEIGHT * -(-len(panels) // 2)), "white")
+    for i, panel in enumerate(panels):
+        draw_panel(ImageDraw.Draw(picture), i % 2 * WIDTH, i // 2 * HEIGHT, *panel)
     write_atomically(path, lambda name: picture.save(name, "PNG"))
 
 
-def draw_panel(draw, left: int, top: int, width: int, height: int, title: str, curves: dict,
-               log: bool) -> None:
-    """One chart: frame, ticks, labels, a line a curve, a legend."""
-    font = ImageFont.load_default(12)
-    curves = {name: [(x, y) for x, y in curve if math.isfinite(y)]
-              for name, curve in curves.items()}
-    points = [point for curve in curves.values() for point in curve] or [(1, 1.0)]
-    scale = (lambda y: math.log10(max(y, 1e-12))) if log else float
-    low, high = min(scale(y) for _, y in points), max(scale(y) for _, y in points)
-    margin = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
-    # rates and ratios are never negative
-    floor = 0.0 if low >= 0 and not log else -math.inf
-    low, high, last = max(low - margin, floor), high + margin, max(x for x, _ in points)
-    x0, y0, x1, y1 = left + 70, top + 30, left + width - 20, top + height - 40
-    first = min(x for x, _ in points)  # 0 is the start, before any training
-    place = lambda x, y: (x0 + (x1 - x0) * (x - first) / max(last - first, 1),
-                          y1 - (y1 - y0) * (scale(y) - low) / (high - low))
-    draw.rectangle((x0, y0, x1, y1), outline="black")
-    draw.text((x0, top + 8), title + " (log scale)" * log, "black",
-              ImageFont.load_default(14))
-    for i in range(5):
-        value = low + (high - low) * i / 4
-        y = y1 - (y1 - y0) * i / 4
-        draw.line((x0, y, x1, y), "#d0d0d0" if 0 < i < 4 else "black")
-        label = f"{10 ** value if log else value:.4g}"
-        draw.text((x0 - 6, y), label, "black", font, "rm")
-        epoch = round(first + (last - first) * i / 4)
-        if last >= 5 or i in (0, 4):
-            x, _ = place(epoch, points[0][1])
-            draw.text((x, y1 + 6), str(epoch), "black", font, "ma")
-    draw.text(((x0 + x1) / 2, y1 + 20), "epoch", "black", font, "ma")
+def draw_panel(draw, left: int, top: int, title: str, curves: dict, log: bool) -> None:
+    """One chart at (left, top): ticks and labels, a line a curve (n, 2), a legend."""
+    points, font = np.concatenate([*curves.values()]), ImageFont.load_default(12)
+    start, span = points.min(axis=0), np.ptp(points, axis=0)  # of epoch and value
+    span[span == 0] = 1
+    # in pixels: the lower left corner, and to the upper right one
+    corner, size = np.array([left + 70, top + HEIGHT - 40]), np.array([WIDTH - 90, 70 - HEIGHT])
+    draw.text((left + 70, top + 8), title + " (log scale)" * log, "black", font)
+    draw.text(corner + size / 2 * (1, 0) + (0, 20), "epoch", "black", font, "ma")
+    for share in np.linspace(0, 1, 5):
+        (x, y), (epoch, value) = corner + size * share, start + span * share
+        draw.line((left + 70, y, left + WIDTH - 20, y), "#d0d0d0")
+        draw.text((left + 64, y), f"{10 ** value if log else value:.4g}", "black", font, "rm")
+        draw.text((x, corner[1] + 6), f"{epoch:.3g}", "black", font, "ma")
     for i, (name, curve) in enumerate(curves.items()):
-        color = COLORS[i]
-        line = [place(x, y) for x, y in curve]
-        if len(line) > 1:
-            draw.line(line, color, 2)
-        elif line:
-            draw.circle(line[0], 3, color)
-        draw.text((x1 - 6, y0 + 6 + 15 * i), name, color, font, "ra")
+        line = [tuple(corner + size * (point - start) / span) for point in curve]
+        draw.line(line, COLORS[i], 2)
+        draw.circle(line[-1], 3, COLORS[i])  # a single epoch is no line yet
+        draw.text((left + WIDTH - 26, top + 36 + 15 * i), name, COLORS[i], font, "ra")
 
 
 if __name__ == "__main__":
