@@ -87,7 +87,7 @@ def read_mean_color(text: str) -> tuple[float, float]:
 def read_hints(text: str) -> tuple[tuple, Image.Image | None]:
     """--hints "x,y,#rrggbb; ...", a .txt of these, or a dabbed copy: points and copy."""
     path = Path(text)
-    known = {".txt", *Image.registered_extensions()}
+    known = {".txt", *Image.registered_extensions()}  # points end in a colour
     if text and ("," not in text or path.suffix.lower() in known):
         if path.suffix.lower() != ".txt":
             return (), read_photo(path).image.convert("RGB")
@@ -113,7 +113,7 @@ def read_controls(mood: str | None = None, mean_color: str | None = None,
     """The colour flags as Controls; FlagError where they contradict each other."""
     flags = {"mood": mood, "mean_color": mean_color, "reference": reference}
     given = [f"--{name}" for name, value in flags.items() if value is not None]
-    if len(given) > 1:
+    if len(given) > 1:  # each names the mean colour
         raise FlagError(f"{' and '.join(given)} contradict each other: give one")
     if strength != 1 and not given and not variant:
         raise FlagError("--strength is that of --mood, --mean_color, --reference or "
@@ -134,16 +134,11 @@ def read_controls(mood: str | None = None, mean_color: str | None = None,
 
 # ----------------------------------------------------------------------------- alike places
 
-def resize(planes: np.ndarray, shape: tuple) -> np.ndarray:
-    """Planes (C, h, w) at another shape, bilinear and antialiased: (C, *shape), float32."""
+def resize(planes: np.ndarray, shape: tuple, mode: str = "bilinear") -> np.ndarray:
+    """Planes (C, h, w) at another shape, (C, *shape), float32; mode "area": their means."""
     planes = torch.from_numpy(np.asarray(planes, np.float32))[None]
-    return F.interpolate(planes, tuple(shape), mode="bilinear", antialias=True)[0].numpy()
-
-
-def resize_down(planes: np.ndarray, places: tuple) -> np.ndarray:
-    """The means of planes (C, h, w) over coarse places: (C, rows, columns), float32."""
-    planes = torch.from_numpy(np.asarray(planes, np.float32))
-    return F.adaptive_avg_pool2d(planes, places).numpy()
+    smooth = mode == "bilinear"  # antialiased, where it reduces
+    return F.interpolate(planes, tuple(shape), mode=mode, antialias=smooth)[0].numpy()
 
 
 def likeness_of(L: np.ndarray, levels: list[torch.Tensor]) -> tuple[np.ndarray, tuple]:
@@ -154,15 +149,15 @@ def likeness_of(L: np.ndarray, levels: list[torch.Tensor]) -> tuple[np.ndarray, 
     """
     cell = max(8.0, np.sqrt(L.size / MAX_PLACES))
     places = tuple(max(int(side / cell), 1) for side in L.shape)
-    gray = torch.from_numpy(resize_down(L[None], places)).flatten()[:, None]       # (P, 1)
+    gray = torch.from_numpy(resize(L[None], places, "area")).flatten()[:, None]     # (P, 1)
     y, x = torch.meshgrid(*map(torch.arange, places), indexing="ij")
-    where = torch.stack([y, x], dim=-1).reshape(-1, 2) / max(places)               # (P, 2)
+    where = torch.stack([y, x], dim=-1).reshape(-1, 2) / max(places)             # (P, 2)
     exponent = torch.cdist(gray, gray) ** 2 / (2 * LIKE_L ** 2)
     exponent += torch.cdist(where, where) ** 2 / (2 * LIKE_DISTANCE ** 2)
     for level in levels:
         if round(L.shape[1] / level.shape[-1]) in (8, 16):  # strides that know objects
             features = F.interpolate(level.float().cpu(), places, mode="bilinear")
-            features = F.normalize(features[0].flatten(1).T, dim=1)                # (P, C)
+            features = F.normalize(features[0].flatten(1).T, dim=1)              # (P, C)
             exponent += torch.cdist(features, features) ** 2 / (2 * LIKE_FEATURES ** 2)
     return torch.softmax(-exponent, dim=1).numpy(), places
 
@@ -170,11 +165,10 @@ def likeness_of(L: np.ndarray, levels: list[torch.Tensor]) -> tuple[np.ndarray, 
 def agree(values: np.ndarray, likeness: np.ndarray, places: tuple) -> np.ndarray:
     """values (C, h, w) with the mean over alike places in place of their own.
 
-    What each of the coarse places differs from that mean is enlarged and taken away, so
-    that detail stays.
+    What each coarse place differs from that mean is taken away, so that detail stays.
     """
-    coarse = resize_down(values, places).reshape(len(values), -1)                  # (C, P)
-    change = coarse @ likeness.T - coarse
+    coarse = resize(values, places, "area").reshape(len(values), -1)                # (C, P)
+    change = coarse @ likeness.T - coarse  # to the weighted mean of all places
     return values + resize(change.reshape(-1, *places), values.shape[1:])
 
 
@@ -191,14 +185,14 @@ def vary(log_probability: np.ndarray, bins: np.ndarray, likeness: np.ndarray, pl
     random = np.random.default_rng([controls.variant, 7])
     field = random.standard_normal((len(likeness), 2)).astype(np.float32)
     for _ in range(VARIANT_ROUNDS):
-        field = likeness @ field
+        field = likeness @ field  # each place takes the mean over those like it
         field = (field - field.mean(axis=0)) / max(field.std(), 1e-6)
     shape = log_probability.shape[1:]
-    field = resize(field.T.reshape(2, *places), shape)
+    field = resize(field.T.reshape(2, *places), shape)  # a direction in ab at each place
     # the spread of ab of the distribution that makes the colour, at each place
     annealed = np.exp((log_probability - log_probability.max(axis=0)) / temperature)
     annealed /= annealed.sum(axis=0)
-    mean = np.einsum("qhw,qc->chw", annealed, bins)
+    mean = np.einsum("qhw,qc->chw", annealed, bins)      # (2, h, w)
     square = np.einsum("qhw,q->hw", annealed, (bins ** 2).sum(axis=1))
     deviation = np.sqrt(np.maximum(square - (mean ** 2).sum(axis=0), 1.0))
     # 0 where the network is certain, 1 where it is open; between them a smooth step
@@ -206,12 +200,12 @@ def vary(log_probability: np.ndarray, bins: np.ndarray, likeness: np.ndarray, pl
     free = free * free * (3 - 2 * free)
     # a tilt lambda moves a mean by covariance . lambda: this one by about VARIANT_TILT
     # deviations; alike places by the same, or a wall would be spotted
-    gain = resize_down((free / deviation)[None], places).flatten()
+    gain = resize((free / deviation)[None], places, "area").flatten()
     gain = resize((likeness @ gain).reshape(1, *places), shape)[0]
     gain = np.minimum(gain, free / VARIANT_CERTAIN)
     by = controls.strength * VARIANT_TILT * gain * np.clip(field, -2, 2)
     tilted = log_probability + temperature * np.einsum("chw,qc->qhw", by, bins)
-    # over 5 % of the likeliest
+    # colours under 5 % of the likeliest are not what a tilt may bring up
     likely = log_probability > log_probability.max(axis=0) - 3
     unlikely = log_probability - 20 * controls.strength * free  # as they were where certain
     return np.where(likely, tilted, unlikely).astype(np.float32)
@@ -223,20 +217,20 @@ def tilt(probability: np.ndarray, colors: np.ndarray, target: np.ndarray,
          start: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Move the mean colour of distributions by the smallest change in relative entropy.
 
-    probability (P, Q), colors (Q, 2), target (2,): p'(q) ~ p(q) exp(lambda . c_q) with one
-    lambda for all P, where the convex mean log-partition less lambda . target is least: its
-    gradient is (mean - target). Returns p' and lambda; out of reach: the nearest found.
+    probability (P, Q), colors (Q, 2), target (2,): p'(q) ~ p(q) exp(lambda . c_q), one
+    lambda for all P: where the convex mean log-partition - lambda . target is least, whose
+    gradient is mean - target. Returns p', lambda; out of reach: the nearest found.
     """
     log_p = torch.from_numpy(probability).double().clamp(min=1e-30).log()
     colors, target = torch.from_numpy(colors).double(), torch.from_numpy(target).double()
-    vector = torch.tensor([0.0, 0.0] if start is None else start, dtype=torch.float64,
-                          requires_grad=True)
+    vector = torch.zeros(2).double() if start is None else torch.tensor(start)
+    vector.requires_grad_(True)
     # 7 to 10 evaluations, where the target can be reached
     optimizer = torch.optim.LBFGS([vector], max_iter=30, tolerance_grad=1e-3,
                                   line_search_fn="strong_wolfe")
 
     def value():
-        optimizer.zero_grad()
+        optimizer.zero_grad()  # the gradient comes by backward, by autograd
         partition = torch.logsumexp(log_p + colors @ vector, dim=1).mean()
         (partition - vector @ target).backward()
         return partition.detach() - vector.detach() @ target
@@ -285,7 +279,7 @@ def apply_controls(prediction: np.ndarray, L: np.ndarray, colors: np.ndarray | N
     if not controls.strength or controls.shift is None and controls.target is None:
         return plain, None
     present = into_gamut(L, plain)
-    if controls.spread is not None:
+    if controls.spread is not None:  # a reference's: stretched to it, within reason
         ratio = np.clip(controls.spread / max(spread_of(present), 1e-3), 0.25, 4)
         factor = np.float32(factor * ratio ** controls.strength)
     mean = present.mean(axis=(0, 1))
@@ -294,7 +288,7 @@ def apply_controls(prediction: np.ndarray, L: np.ndarray, colors: np.ndarray | N
     if colors is None or factor < 0.3:  # sepia: there is too little colour left to tilt
         return reach_mean(lambda asked: shift(decode(prediction, factor), L, asked),
                           L, wanted), wanted
-    flat, vector = prediction.reshape(len(prediction), -1).T, None
+    flat, vector = prediction.reshape(len(prediction), -1).T, None  # (places, Q)
 
     def tilted(asked):
         nonlocal vector  # each round begins where the last one ended
@@ -366,8 +360,8 @@ def belonging(fixed: np.ndarray, wanted: np.ndarray, likeness: np.ndarray,
 
     fixed, wanted: of fixed_points or fixed_dabs. likeness (P, P): of the coarse places.
     """
-    share = resize_down(fixed[None].astype(np.float32), places).flatten()
-    colors = resize_down(wanted.transpose(2, 0, 1) * fixed, places).reshape(2, -1)
+    share = resize(fixed[None].astype(np.float32), places, "area").flatten()
+    colors = resize(wanted.transpose(2, 0, 1) * fixed, places, "area").reshape(2, -1)
     hinted = share > 0
     colors = (colors[:, hinted] / share[hinted]).T                      # (hinted, 2)
     # (P, hinted), over the diagonal: 1 for a place itself, less with every difference
@@ -409,7 +403,7 @@ def propagate_hints(L: np.ndarray, ab: np.ndarray, fixed: np.ndarray, wanted: np
         result[..., :-1] -= right * d[..., 1:]
         result[..., 1:] -= right * d[..., :-1]
         return free * result
-    residual = free * HINT_PULL * target - gradient(d)
+    residual = free * HINT_PULL * target - gradient(d)  # what is still to be made up for
     direction, power, enough = 0, np.float32(1), None
     for _ in range(1000):  # a few dozen are enough; scaled by the diagonal, a beside b
         scaled = residual / total
@@ -434,28 +428,24 @@ def hint_correction(image: Image.Image, upsample, hints: tuple, scale: float):
     """
     if not hints:
         return lambda L, colors, top: None
-    radius, unlike = HINT_RADIUS * max(scale, 1.0), 100 * HINT_SIGMA
     rows = [lightness(image.crop((0, y, image.width, y + 1))) for _, y, *_ in hints]
     now = np.stack([upsample(row, y)[0, x] for row, (x, y, *_) in zip(rows, hints)])
     at = np.array([(x, y, row[0, x]) for row, (x, y, *_) in zip(rows, hints)], np.float64)
-    gaps = np.hypot(*(at[:, None, :2] - at[:, :2]).T)
-    gaps[gaps == 0] = np.inf
+    wanted, unlike = np.array([ab for _, _, *ab in hints]), 141 * HINT_SIGMA  # 100 sqrt 2
+    # of all pairs: squared distances in the plane, and in lightness by that of an edge
+    apart = ((at[:, None, :2] - at[:, :2]) ** 2).sum(axis=-1)
+    steps = ((at[:, None, 2] - at[:, 2]) / unlike) ** 2
     # no wider than to the nearest other: fitted to each other, wide bumps would overshoot
-    reach = np.minimum(radius, gaps.min(axis=0))
-
-    def bump(x, y, L, hint, radius):
-        distance = ((x - hint[0]) ** 2 + (y - hint[1]) ** 2) / radius ** 2
-        return np.exp(-distance - (L - hint[2]) ** 2 / (2 * unlike ** 2))
-    bumps = np.array([[bump(*place, *other) for other in zip(at, reach)] for place in at])
-    wanted = np.array([ab for _, _, *ab in hints])
+    radius = np.sqrt(apart[apart > 0]).min(initial=HINT_RADIUS * max(scale, 1.0))
+    bumps = np.exp(-apart / radius ** 2 - steps)
     # equal places asked twice: least squares gives them the mean
     amounts = np.linalg.lstsq(bumps, wanted - now, rcond=1e-6)[0].astype(np.float32)
 
     def correct(L, colors, top):  # in place; L (rows, W) from row `top` on
-        y, x = np.arange(top, top + len(L))[:, None], np.arange(L.shape[1])[None]
-        for hint, radius, amount in zip(at, reach, amounts):
-            near = np.ix_(np.abs(y[:, 0] - hint[1]) <= 3 * radius,
-                          np.abs(x[0] - hint[0]) <= 3 * radius)
-            weight = bump(x[:, near[1][0]], y[near[0][:, 0]], L[near], hint, radius)
+        x, y = np.arange(L.shape[1]), np.arange(top, top + len(L))[:, None]
+        for (hx, hy, hL), amount in zip(at, amounts):
+            near = np.abs(y[:, 0] - hy) <= 3 * radius  # further off it is next to nothing
+            distance = ((x - hx) ** 2 + (y[near] - hy) ** 2) / radius ** 2
+            weight = np.exp(-distance - ((L[near] - hL) / unlike) ** 2)
             colors[near] += weight[..., None].astype(np.float32) * amount
     return correct

@@ -64,15 +64,15 @@ def predict(model: ColorNet, image: Image.Image, size: int) -> Prediction:
     device, total = next(model.parameters()).device, 0
     bins = model.arguments["head"] == "bins"
     full = working_copy(image, size, ENLARGE)
-    shape = full.size[::-1]
+    shape = full.size[::-1]  # Pillow's is (width, height)
     if bins:  # colours are classified at a quarter of the resolution
         shape = [-(-side // 4) for side in shape]
     for scale, weight in SCALES:
         copy = full if scale == 1 else working_copy(full, max(round(size * scale), 32))
-        L = lightness(copy)
+        L = lightness(copy)  # (h, w)
         levels = model.encode(torch.from_numpy(L)[None, None].to(device))
         output = model.color(levels, L.shape).float().cpu()  # (1, Q or 2, ...)
-        if bins:
+        if bins:  # a product of probabilities, not their mean: both sizes must agree
             output = output.log_softmax(dim=1)
         total = total + weight * upsample(output, shape)
     likeness, places = likeness_of(L, levels)  # of the last size, the full one
@@ -92,18 +92,19 @@ def render(image: Image.Image, L_small: np.ndarray, ab: np.ndarray, hints: tuple
     width, height = image.size
     enlarge = guided_upsampler(L_small, ab, width, height)
     correct = hint_correction(image, enlarge, hints, width / L_small.shape[1])
-    rows = max(1, STRIP // width)
+    rows = max(1, STRIP // width)  # whole rows, as Pillow crops and pastes them fast
     white, kind = (65535, np.uint16) if deep else (255, np.uint8)
     result = np.empty((height, width, 3), kind) if deep else Image.new("RGB", image.size)
 
     def strip(top):
         L = lightness(image.crop((0, top, width, min(top + rows, height))))
-        colors = enlarge(L, top)
+        colors = enlarge(L, top)  # (rows, W, 2)
         correct(L, colors, top)
-        colors = into_gamut(L, colors)
+        colors = into_gamut(L, colors)  # last, so that no control can change lightness
         rgb = linear_to_srgb(lab_to_linear(L, colors))
         return top, np.rint(rgb * white).astype(kind), colors.sum(axis=(0, 1), dtype=float)
-    total = np.zeros(2)
+    total = np.zeros(2)  # of ab, for the mean
+    # two threads; a window of three bounds what waits to be pasted
     for top, pixels, sums in ordered_map(strip, range(0, height, rows), 2, window=3):
         total += sums
         if deep:
@@ -122,8 +123,9 @@ def add_color(model: ColorNet, image: Image.Image, prediction: Prediction,
         if controls.variant:
             values = vary(values, colors, prediction.likeness, prediction.places,
                           model.temperature, controls)
+        # under 1 the temperature makes what is likely likelier: less brown
         values = torch.softmax(torch.from_numpy(values) / model.temperature, dim=0).numpy()
-        colors = colors * model.saturation
+        colors = colors * model.saturation  # a mean is paler than what it is the mean of
     elif controls.variant:
         raise FlagError("--variant needs a checkpoint trained with --loss bins")
     ab, wanted = apply_controls(values, L, colors, controls)
@@ -145,7 +147,7 @@ def colorize(model: ColorNet | None, image: Image.Image | np.ndarray | str | Pat
     array (H, W, 3).
     """
     model = load_checkpoint(PRETRAINED)[0] if model is None else model
-    if isinstance(image, (str, Path)):
+    if isinstance(image, (str, Path)):  # the first page of several
         image = read_photo(Path(image)).image
     else:
         image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
@@ -158,7 +160,7 @@ def colorize(model: ColorNet | None, image: Image.Image | np.ndarray | str | Pat
 
 def load_model(model: str | Path | None, device: str) -> tuple[ColorNet, Path, dict]:
     """The checkpoint named, else checkpoints/best_model.tar, else the shipped one."""
-    own = Path("checkpoints/best_model.tar")
+    own = Path("checkpoints/best_model.tar")  # where train writes, seen from here
     path = Path(model or (own if own.is_file() else PRETRAINED))
     network, contents = load_checkpoint(path, choose_device(device))
     return network, path, contents
@@ -179,7 +181,7 @@ def download(url: str, folder: Path) -> Path:
     # in a thread that may be left behind: names, headers and bytes can each drip for ever
     Thread(target=fetch, daemon=True).start()
     try:
-        got = content.result(DEADLINE)
+        got = content.result(DEADLINE)  # raises what fetch met, or TimeoutError
         if len(got) > MAX_DOWNLOAD:
             raise ValueError(f"it is over {MAX_DOWNLOAD >> 20} MB")
         name = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name
@@ -215,7 +217,7 @@ def plan_outputs(images: list[str], output: Path, downloads: Path, ending: str,
         plan[source] = folder / f"{source.stem}_{ending}.{extension or own}"
     for image in images:
         source = download(image, downloads) if "://" in image else Path(image)
-        if not source.is_dir():
+        if not source.is_dir():  # nor need it exist: that is said when it is read
             put(source, output)
             continue
         found, passed_over = survey(source)
@@ -225,7 +227,7 @@ def plan_outputs(images: list[str], output: Path, downloads: Path, ending: str,
         inside = output.resolve()  # results there are not photographs to colour
         for path in found:
             below = inside != source.resolve() and inside in path.resolve().parents
-            if not below and not made_with(path):
+            if not below and not made_with(path):  # results may lie beside originals
                 put(path, output / path.relative_to(source).parent)
     if not plan:
         raise ColorizeError(f"{' '.join(images)}: no photograph below it; name one, or "
@@ -269,10 +271,13 @@ def color_file(job: Job, pair: tuple[Path, Path]) -> str | ColorizeError:
             raise ColorizeError(f"{source}: has {len(photos)} pages, which only a .tif can "
                                 "hold; name one as --output, or --format tif")
         deep = tiff and modes == ["I;16"] and job.kind == "color"
+        # pages share nothing but their file
         pictures, remarks = zip(*(make_picture(job, photo, deep) for photo in photos))
+        # metadata are those of the first page
         lost = write_photo(target, list(pictures), photos[0], job.description)
     except ColorizeError as error:
         return error
+    # each remark once, however many pages it is true of
     remarks = [remark for page in remarks for remark in page] + [lost]
     remarks += ["in place of one made with other settings"] * bool(there)
     width, height = photos[0].image.size
@@ -283,7 +288,7 @@ def color_file(job: Job, pair: tuple[Path, Path]) -> str | ColorizeError:
 def make_picture(job: Job, photo: Photo, deep: bool) -> tuple:
     """The picture of one page that a job asks for, and remarks on it."""
     image, remarks = photo.image, [photo.note]
-    if job.invert:
+    if job.invert:  # a negative: of 8 bits or 16
         pixels = np.asarray(image)
         image = Image.fromarray(np.iinfo(pixels.dtype).max - pixels)
     if job.kind == "grid":
@@ -292,6 +297,7 @@ def make_picture(job: Job, photo: Photo, deep: bool) -> tuple:
         return make_sheet(job.model, image, job.size), remarks
     prediction = predict(job.model, image, job.size)
     picture, mean, wanted = add_color(job.model, image, prediction, job.controls, deep)
+    # what a user would want to know before trusting the picture
     if image.mode == "I;16" and not deep:
         remarks.append("16-bit gray was written as 8-bit; a .tif of one page keeps it")
     if tone_of(image) == "coloured":
@@ -302,7 +308,7 @@ def make_picture(job: Job, photo: Photo, deep: bool) -> tuple:
         if np.linalg.norm(wanted - mean) > 1 and not job.controls.hints:
             remarks[-1] += ": the target is out of reach, this is the nearest found"
     if job.kind == "compare":
-        L = prediction.L
+        L = prediction.L  # its gray is that of the result, bit for bit
         gray, _ = render(image, L, np.zeros((*L.shape, 2), np.float32))
         picture = Image.fromarray(np.hstack([gray, picture]))
     elif photo.alpha is not None and not deep:
@@ -312,7 +318,7 @@ def make_picture(job: Job, photo: Photo, deep: bool) -> tuple:
 
 def make_sheet(model: ColorNet, image: Image.Image, size: int) -> Image.Image:
     """Every mood and four variants of one photograph, with their flags below."""
-    image = working_copy(image, max(size, 288))
+    image = working_copy(image, max(size, 288))  # no larger than its tile
     choices = {"no flag": Controls()} | {f"--mood {name}": MOODS[name] for name in MOODS}
     if model.arguments["head"] == "bins":
         choices |= {f"--variant {n}": Controls(variant=n) for n in (1, 2, 3, 4)}
@@ -329,7 +335,7 @@ def draw_grid(image: Image.Image) -> Image.Image:
     picture = working_copy(image, min(image.size)).convert("RGB")
     draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default(max(10, max(image.size) // 60))
-    for at in range(step, max(image.size), step):
+    for at in range(step, max(image.size), step):  # across, and down
         for start, end in (((at, 0), (at, image.height)), ((0, at), (image.width, at))):
             draw.line([start, end], "#e04020", max(1, max(image.size) // 1000))
             draw.text(start, str(at), "yellow", font, stroke_width=2, stroke_fill="black")
@@ -380,6 +386,7 @@ def inference(*, image: list[str] = ("data/input/val",), model: str | None = Non
     kinds = [name for name, on in asked.items() if on]
     if len(kinds) > 1:
         raise FlagError(f"--{kinds[0]} and --{kinds[1]}: give one")
+    # mistakes in flags are found before the checkpoint is read
     controls = read_controls(mood, mean_color, reference, strength, saturation, hints,
                              variant)
     if sheet and controls != Controls():
@@ -396,7 +403,8 @@ def inference(*, image: list[str] = ("data/input/val",), model: str | None = Non
              if value not in (None, ())]
     description = ", ".join([f"{MADE} {VERSION}", *words])
     job = Job(network, size, controls, kind, description, max_megapixels, overwrite, invert)
-    with tempfile.TemporaryDirectory() as downloads:
+    with tempfile.TemporaryDirectory() as downloads:  # gone with the run
+        # a caller from Python may give one path
         images = [image] if isinstance(image, (str, Path)) else image
         plan = plan_outputs([str(name) for name in images], Path(output), Path(downloads),
                             suffix if kind == "color" else kind, format)
@@ -407,11 +415,12 @@ def inference(*, image: list[str] = ("data/input/val",), model: str | None = Non
 
 def run_plan(job: Job, plan: list[tuple[Path, Path]]) -> None:
     """Colour each photograph of a plan, two at a time; a line for each, then the counts."""
-    failed, there = [], 0
+    failed, there = [], 0  # one bad scan does not stop the others
+    # two threads: one photograph is read or written while the network works on another
     results = ordered_map(partial(color_file, job), plan, 2, window=2)
     for (source, _), line in zip(plan, progress(results, len(plan), "photographs")):
         if isinstance(line, ColorizeError):
-            if len(plan) == 1:
+            if len(plan) == 1:  # its own error is the command's
                 raise line
             failed.append(str(source))
             say(f"error: {line}")
