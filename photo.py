@@ -104,8 +104,8 @@ def ordered_map(function, items, workers: int, window: int = 64):
 def write_atomically(path: Path, write) -> None:
     """Call write(temporary path) and rename; on any failure nothing is left."""
     # a thread writes one file at a time; 50 letters: a name may have 255 bytes
-    own = f"{os.getpid()}-{threading.get_native_id()}"
-    temporary = path.with_name(f".{path.name[:50]}.{own}.part")
+    own = f"{path.name[:50]}.{os.getpid()}-{threading.get_native_id()}"
+    temporary = path.with_name(f".{own}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
@@ -186,11 +186,6 @@ def lab_to_rgb(lab: np.ndarray) -> np.ndarray:
     return linear_to_srgb(lab_to_linear(lab[..., 0], lab[..., 1:]))
 
 
-def to_8_bit(rgb: np.ndarray) -> np.ndarray:
-    """sRGB float 0..1 to uint8."""
-    return np.rint(np.clip(rgb, 0, 1) * 255).astype(np.uint8)
-
-
 def in_gamut(L: np.ndarray, ab: np.ndarray) -> np.ndarray:
     """Whether L (...) and ab (..., 2) is an sRGB colour, within a tolerance."""
     linear = lab_to_linear(L, ab)
@@ -215,7 +210,8 @@ def into_gamut(L: np.ndarray, ab: np.ndarray) -> np.ndarray:
 
 def lab_to_image(L: np.ndarray, ab: np.ndarray) -> Image.Image:
     """L (H, W) and ab (H, W, 2), brought into gamut, as a picture."""
-    return Image.fromarray(to_8_bit(linear_to_srgb(lab_to_linear(L, into_gamut(L, ab)))))
+    rgb = linear_to_srgb(lab_to_linear(L, into_gamut(L, ab)))
+    return Image.fromarray(np.rint(rgb * 255).astype(np.uint8))
 
 
 def spread_of(ab: np.ndarray) -> float:
@@ -285,8 +281,8 @@ def photos_in(path: Path, max_megapixels: float = MAX_MEGAPIXELS, first: bool = 
               at_least: int | None = None):
     """Every page of a TIFF (or the `first`), the one photograph of another file: Photos.
 
-    All threads together have at most MAX_MEGAPIXELS in such blocks, so do not nest them.
-    `at_least`: a JPEG may come smaller, its sides no less. Raises ColorizeError.
+    All threads together have at most MAX_MEGAPIXELS in such blocks; they must not be
+    nested. `at_least`: a JPEG may come smaller, its sides no less. Raises ColorizeError.
     """
     with contextlib.ExitStack() as room:
         with opened(path) as image:
@@ -323,12 +319,6 @@ def read_photo(path: Path, at_least: int | None = None) -> Photo:
         if factor > 1 and photo.image.mode != "I;16":  # small before its room is free
             photo = photo._replace(image=photo.image.reduce(factor), alpha=None)
         return photo
-
-
-def read_pages(path: Path, max_megapixels: float = MAX_MEGAPIXELS) -> list[Photo]:
-    """The photographs of a file, outside of the room that was kept for them."""
-    with photos_in(path, max_megapixels) as photos:
-        return photos
 
 
 def decode_photo(image: Image.Image, free: bool = False) -> Photo:
@@ -375,32 +365,26 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, str
     """The image as mode L, RGB or I;16 in sRGB by its ICC profile; and a note or ""."""
     note = ""
     if image.mode in ("F", "I", "I;16B", "I;16L", "I;16N"):
-        image = image if image.mode == "F" else image.convert("I")
-        low, high = image.getextrema()
+        low, high = image.convert("I").getextrema()
         if image.mode == "F" or low < 0 or high > 65535:
             raise ValueError("nothing says which of its values are black and white")
-        image = image.convert("I;16")
+        image = image.convert("I").convert("I;16")
     elif image.mode not in ("L", "RGB", "CMYK", "I;16"):
         image = image.convert("L" if image.mode == "1" else "RGB")
     try:
         if profile and image.mode in ("L", "I;16"):
-            image = through_gray_profile(image, profile)
+            pixels = np.asarray(image)  # by a table of its values: 20 times as fast
+            ramp = np.arange(np.iinfo(pixels.dtype).max + 1, dtype=pixels.dtype)
+            table = ImageCms.profileToProfile(  # the optimized one is off by 4 %
+                Image.fromarray(ramp.reshape(-1, 256)), BytesIO(profile), BytesIO(GRAY),
+                outputMode=image.mode, flags=ImageCms.Flags.NOOPTIMIZE)
+            image = Image.fromarray(np.asarray(table).ravel()[pixels])
         elif profile:
             image = ImageCms.profileToProfile(image, BytesIO(profile), BytesIO(SRGB),
                                               outputMode="RGB")
     except (ImageCms.PyCMSError, OSError, ValueError):
         note = "its colour profile is damaged or does not fit and was not used"
     return image.convert("RGB") if image.mode == "CMYK" else image, note
-
-
-def through_gray_profile(image: Image.Image, profile: bytes) -> Image.Image:
-    """Mode L or I;16 to the curve of sRGB, by a table: 20 times as fast as by pixel."""
-    pixels = np.asarray(image)
-    ramp = np.arange(np.iinfo(pixels.dtype).max + 1, dtype=pixels.dtype).reshape(-1, 256)
-    table = ImageCms.profileToProfile(  # the optimized one is off by 4 % of the range
-        Image.fromarray(ramp), BytesIO(profile), BytesIO(GRAY), outputMode=image.mode,
-        flags=ImageCms.Flags.NOOPTIMIZE)
-    return Image.fromarray(np.asarray(table).ravel()[pixels])
 
 
 def tone_of(image: Image.Image) -> str:
@@ -423,9 +407,8 @@ def check_target(path: Path, size: tuple[int, int] = (1, 1)) -> str:
                             "written; use .png, .jpg, .tif or .webp")
     # the nearest that exists; the folders below it will be made
     folder = next(p for p in path.absolute().parents if os.path.exists(p))
-    longest = WRITABLE[kind][0]
-    if max(size) > longest or len(os.fsencode(path.name)) > 255:
-        reason = f"{kind} sides end at {longest} pixels, names at 255 bytes"
+    if max(size) > WRITABLE[kind][0] or len(os.fsencode(path.name)) > 255:
+        reason = f"{kind} sides end at {WRITABLE[kind][0]} pixels, names at 255 bytes"
     elif os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         reason = f"it is a folder, or {folder} is none that you may write in"
     else:
@@ -444,10 +427,7 @@ def made_with(path: Path) -> str:
 
 
 def write_photo(path: Path, pages: list, photo: Photo, description: str = "") -> str:
-    """Write pages (RGB, RGBA; or one uint16 array as TIFF) in the extension's format.
-
-    Returns a remark on what could not be kept, or "".
-    """
+    """Write pages (RGB, RGBA; or one uint16 array as TIFF); what was lost, or ""."""
     first, dpi, remark = pages[0], photo.info["dpi"], ""
     deep = isinstance(first, np.ndarray)
     kind = check_target(path, first.shape[1::-1] if deep else first.size)
@@ -478,10 +458,8 @@ def write_photo(path: Path, pages: list, photo: Photo, description: str = "") ->
 
 
 def working_copy(image: Image.Image, size: int, enlarge: float = 1.0) -> Image.Image:
-    """The photograph at a short side of `size`, the long one at most 4 times that.
-
-    Enlarged at most `enlarge` times. Long sides are multiples of 4, as the bins head likes.
-    """
+    """The photograph at a short side of `size`, the long one at most 4 times that."""
+    # long sides become multiples of 4, as the bins head likes
     scale = min(enlarge, size / min(image.size), 4 * size / max(image.size))
     sides = [max(round(side * scale), 1) for side in image.size]
     if scale != 1:
@@ -505,8 +483,8 @@ def guide_slope(L: np.ndarray, ab: np.ndarray) -> np.ndarray:
 def guided_upsampler(L_small: np.ndarray, ab: np.ndarray, width: int, height: int):
     """A function that gives ab at the photograph's size, edge-aware, any rows at a time.
 
-    bicubic(ab) + a * (L - bicubic(L_small)), a the guided filter's (He and Sun 2015) local
-    regression of ab (h, w, 2) on L_small (h, w), both at the network's resolution.
+    bicubic(ab) + a * (L - bicubic(L_small)); a: the regression of ab (h, w, 2) on L_small
+    (h, w), both at the network's resolution, of the guided filter (He and Sun 2015).
     """
     planes = np.dstack([L_small, ab, guide_slope(L_small, ab)]).transpose(2, 0, 1)
     planes = [Image.fromarray(np.ascontiguousarray(plane)) for plane in planes]

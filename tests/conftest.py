@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.pop("COLORIZE_TRACEBACK", None)
 
 from basic_model import PRETRAINED, ColorNet, load_checkpoint, save_checkpoint  # noqa: E402
-from photo import lab_to_rgb, to_8_bit  # noqa: E402
+from photo import lab_to_rgb  # noqa: E402
 
 
 HEADS = ("ab", "bins")
@@ -29,7 +29,7 @@ def made_photo(seed: int, width: int = 96, height: int = 80) -> Image.Image:
     for _ in range(4):
         cx, cy, radius = random.uniform(0.1, 0.9, 3) * [1, 1, 0.3]
         lab[np.hypot(x - cx, y - cy) < radius] = random.uniform([25, -45, -45], [85, 45, 45])
-    return Image.fromarray(to_8_bit(lab_to_rgb(lab.astype(np.float32))))
+    return Image.fromarray(np.rint(lab_to_rgb(lab.astype(np.float32)) * 255).astype(np.uint8))
 
 
 def gray_photo(seed=0, width=96, height=80) -> Image.Image:
