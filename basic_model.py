@@ -47,7 +47,7 @@ MAX_TEXT, MAX_VALUES, MAX_DEPTH = 8_000_000, 1_000_000, 10
 def color_bins() -> torch.Tensor:
     """Centres (Q, 2) of the cells of 10 ab units that hold a colour of sRGB."""
     grid = np.arange(-110, 111, BIN_STEP, dtype=np.float32)
-    offsets = np.linspace(-BIN_STEP / 2, BIN_STEP / 2, 5, dtype=np.float32)
+    offsets = np.linspace(-BIN_STEP / 2, BIN_STEP / 2, 5, dtype=np.float32)  # in a cell
     # a cell counts if any of 5 x 5 colours in it can be shown at any lightness
     a, b, da, db = np.meshgrid(grid, grid, offsets, offsets, indexing="ij")
     ab, held = np.stack([a + da, b + db], axis=-1), np.zeros(a.shape[:2], bool)
@@ -179,7 +179,7 @@ class ColorNet(nn.Module):
         for block, skip in zip(self.blocks.values(), reversed(levels[:-1])):
             x = upsample(x, skip.shape[-2:])  # twice as large, more or less
             if self.arguments["decoder"] == "unet":
-                x = torch.cat([x, skip], dim=1)
+                x = torch.cat([x, skip], dim=1)  # what pooling lost of outlines
             x = block(x)
         output, (height, width) = self.head(x), size
         padded = max(height, MIN_INPUT), max(width, MIN_INPUT)
@@ -203,6 +203,7 @@ class ColorNet(nn.Module):
         """forward's output to ab in CIE units (N, 2, *size), float32."""
         if self.arguments["head"] == "ab":
             return output.float()
+        # a mean is duller than what it is the mean of
         ab = annealed_mean(output, self.bins, self.temperature) * self.saturation
         return upsample(ab, size)
 
@@ -421,10 +422,10 @@ def initialize(model: ColorNet, init: str, contents: dict) -> tuple[str, set[str
     Returns what it starts from, in words, and the names it filled. Raises ColorizeError.
     """
     if init == "none":
-        return "random weights", set()
+        return "random weights", set()  # those of the constructor
     encoder, source = model.arguments["encoder"], PRETRAINED if init == "auto" else init
     weights = contents.get("weights", {})
-    if not contents:
+    if not contents:  # imagenet was asked for, or the shipped one has another encoder
         source = f"ImageNet's {encoder}"
         try:
             backbone = torchvision.models.get_model(encoder, weights="DEFAULT")

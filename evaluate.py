@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from skimage.color import deltaE_ciede2000
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from skimage.metrics import structural_similarity
 
 from colorize_data import SIDE
 from controls import Controls, read_controls
@@ -55,8 +55,7 @@ def mean_ab_distance(ab: np.ndarray, true_ab: np.ndarray) -> float:
 
 def psnr(rgb: np.ndarray, true_rgb: np.ndarray) -> float:
     """Peak signal-to-noise ratio in dB of sRGB pictures in 0..1; 100 at most."""
-    with np.errstate(divide="ignore"):
-        return float(min(peak_signal_noise_ratio(true_rgb, rgb, data_range=1.0), 100.0))
+    return float(-10 * np.log10(max(np.square(rgb - true_rgb).mean(dtype=float), 1e-10)))
 
 
 def colorfulness(rgb: np.ndarray) -> float:
@@ -68,36 +67,32 @@ def colorfulness(rgb: np.ndarray) -> float:
 
 
 def area_under_curve(ab: np.ndarray, true_ab: np.ndarray) -> float:
-    """Area under the share of pixels with an ab error within t, t = 0..150, over 150.
-
-    Zhang et al. 2016, section 3.1 (AuC).
-    """
+    """The AuC of Zhang et al. 2016, section 3.1, in 0..1."""
+    # area under the share of pixels with an ab error within t, t = 0..150, over 150
     error = np.hypot(*np.moveaxis(ab - true_ab, -1, 0)).ravel()
     share = np.searchsorted(np.sort(error), np.arange(151), side="right") / error.size
-    return float(np.trapezoid(share) / 150)
+    return float(np.trapezoid(share) / 150)  # 150 steps of one unit
 
 
 def even_neighbors(lab: np.ndarray) -> tuple[float, float]:
     """Change of ab between neighbouring even places of lab (H, W, 3); mean chroma there.
 
     Change over chroma is the patchiness: 0 for a wall of one colour, about 0.1 for
-    photographs, more where each place of a wall or a coat chose its own colour. It needs no
-    truth. Places are squares of 1/24 of the short side; even ones deviate in L by under 6;
-    neighbours, side by side or one above the other, differ in mean L by under 4.
+    photographs, more where each place of a wall or a coat chose its own colour.
     """
+    # places: squares of 1/24 of the short side; even: L deviates by under 6; neighbours,
+    # side by side or one above the other: mean L differs by under 4
     side = max(min(lab.shape[:2]) // 24, 2)
     rows, columns = lab.shape[0] // side, lab.shape[1] // side
     places = lab[:rows * side, :columns * side].reshape(rows, side, columns, side, 3)
     mean, even = places.mean(axis=(1, 3)), places[..., 0].std(axis=(1, 3)) < 6
     change = chroma = pairs = 0.0
     for one, other in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
-        alike = np.abs(mean[one] - mean[other])[..., 0] < 4
-        both = even[one] & even[other] & alike
+        both = even[one] & even[other] & (np.abs(mean[one] - mean[other])[..., 0] < 4)
         ab, other_ab = mean[one][both][:, 1:], mean[other][both][:, 1:]  # (pairs, 2)
         change += np.linalg.norm(ab - other_ab, axis=1).sum()
         chroma += np.linalg.norm([ab, other_ab], axis=2).sum() / 2
-        pairs += both.size
-    # over all pairs, even or not: a photograph without a wall says little of walls
+        pairs += both.size  # over all, even or not: no wall tells little of walls
     return float(change / max(pairs, 1)), float(chroma / max(pairs, 1))
 
 
@@ -106,17 +101,14 @@ def score(rgb: np.ndarray, true_rgb: np.ndarray | None) -> dict[str, float]:
     lab, made = rgb_to_lab(rgb), rgb / np.float32(255)
     change, chroma = even_neighbors(lab)
     scores = {"colorfulness": colorfulness(made), "even_change": change,
-              "even_chroma": chroma}
+              "even_chroma": chroma}  # a summary makes the ratio of the two
     if true_rgb is None:
         return scores
     true_lab, true = rgb_to_lab(true_rgb), true_rgb / np.float32(255)
     change, chroma = even_neighbors(true_lab)
-    # SSIM's window is odd and fits into the picture; 7 is scikit-image's own
-    window = min(7, (min(rgb.shape[:2]) - 1) // 2 * 2 + 1)
     return scores | {
         "psnr": psnr(made, true),
-        "ssim": float(structural_similarity(true, made, win_size=window, channel_axis=-1,
-                                            data_range=1.0)),
+        "ssim": float(structural_similarity(true, made, channel_axis=-1, data_range=1.0)),
         "ciede2000": float(deltaE_ciede2000(true_lab, lab).mean()),
         "distance": mean_ab_distance(lab[..., 1:], true_lab[..., 1:]),
         "auc": area_under_curve(lab[..., 1:], true_lab[..., 1:]),
@@ -126,16 +118,13 @@ def score(rgb: np.ndarray, true_rgb: np.ndarray | None) -> dict[str, float]:
 
 
 def picture_scores(lab, ab) -> list[float]:
-    """A batch's sums of ab distance, PSNR, colourfulness and the truth's.
-
-    lab is a tensor (N, 3, H, W), ab (N, 2, H, W).
-    """
+    """Sums over N of distance, PSNR, colourfulness, the truth's; lab, ab (N, C, H, W)."""
     lab, ab = lab.permute(0, 2, 3, 1).numpy(), ab.permute(0, 2, 3, 1).float().numpy()
     true = lab_to_rgb(lab)
     made = lab_to_rgb(np.concatenate([lab[..., :1], ab], axis=-1))
     scores = [(mean_ab_distance(colors, truth[..., 1:]), psnr(m, t), colorfulness(m),
                colorfulness(t)) for colors, truth, m, t in zip(ab, lab, made, true)]
-    return np.sum(scores, axis=0).tolist()
+    return np.sum(scores, axis=0).tolist()  # the ranks' sums are added up
 
 
 def summarize(rows: list[dict]) -> dict[str, tuple[float, float]]:
@@ -145,7 +134,7 @@ def summarize(rows: list[dict]) -> dict[str, tuple[float, float]]:
         made, true = RATIOS.get(name, (name, None))
         if made not in rows[0] or true and true not in rows[0]:  # there was no truth
             continue
-        values = np.array([row[made] for row in rows])
+        values = np.array([row[made] for row in rows])  # one a photograph
         mean = values.mean()
         if true:  # a ratio of means; its interval by linearization (Cochran 1977, 2.11)
             others = np.array([row[true] for row in rows])
@@ -169,11 +158,12 @@ def mean_color_baseline(mean_ab: np.ndarray, image: Image.Image) -> Image.Image:
 def print_table(title: str, summaries: dict) -> None:
     """A row a score, a column a method, mean and 95 % interval."""
     print(f"{title}; mean +- 95 % interval over photographs")
+    # a checkpoint's name is a stranger's
     summaries = {printable(method): summary for method, summary in summaries.items()}
     widths = {method: max(len(method) + 2, 18) for method in summaries}
     print(" " * 20 + "".join(method.rjust(width) for method, width in widths.items()))
     for name, (heading, digits) in SCORES.items():
-        if all(name in summary for summary in summaries.values()):
+        if all(name in summary for summary in summaries.values()):  # else: no truth
             cells = ("{:.{d}f} +-{:.{d}f}".format(*summary[name], d=digits)
                      for summary in summaries.values())
             print(f"{heading:<20}" + "".join(map(str.rjust, cells, widths.values())))
@@ -205,7 +195,7 @@ def score_all(paths: list[Path], methods: dict) -> list[tuple[Path, dict]]:
         try:
             picture, colored = scored_copy(path)
         except ColorizeError as error:
-            if len(paths) == 1:
+            if len(paths) == 1:  # the one that was asked for
                 raise
             return say(f"left out: {error}")
         true = np.asarray(picture) if colored else None
@@ -213,10 +203,7 @@ def score_all(paths: list[Path], methods: dict) -> list[tuple[Path, dict]]:
                       for name, method in methods.items()}
     # two at a time: one is read while the network works on another
     scored = progress(ordered_map(score_one, paths, 2), len(paths), "evaluate")
-    results = [result for result in scored if result]
-    if not results:
-        raise ColorizeError(f"none of {len(paths)} photographs could be scored; see above")
-    return results
+    return [result for result in scored if result]
 
 
 def evaluate(*, image: list[str] | Path = ("data/input/val",), model: str | None = None,
@@ -235,22 +222,19 @@ def evaluate(*, image: list[str] | Path = ("data/input/val",), model: str | None
     places = [image] if isinstance(image, (str, Path)) else image
     paths = [path for place in map(Path, places)
              for path in (find_photos(place) if place.is_dir() else [place])]
-    if not paths:
-        raise ColorizeError(f"--image {' '.join(map(str, places))}: no photograph there; "
-                            "name a folder of photographs")
-    names = [None]  # the one that inference takes
-    if model is not None:
-        names = [name.strip() for name in model.split(",") if name.strip()]
+    names = [None] if model is None else [  # None: the one that inference takes
+        name.strip() for name in model.split(",") if name.strip()]
     if not names:
         raise FlagError(f"--model '{model}': names no checkpoint; write a.tar,b.tar")
-    controls = read_controls(saturation=saturation)
-    methods = collect_methods(names, device, size, controls)
-    checkpoints = [name for name in methods if name not in ("gray", MEAN_COLOR)]
-    settings = {"image": list(map(str, places)), "size": size, "saturation": saturation,
-                "scored_short_side": SIDE}
-    report = {"settings": settings, "checkpoints": {
-        name: content_hash(Path(name))[:12] for name in checkpoints}}
+    methods = collect_methods(names, device, size, read_controls(saturation=saturation))
+    report = {"settings": {"image": list(map(str, places)), "size": size,
+                           "saturation": saturation, "scored_short_side": SIDE},
+              "checkpoints": {name: content_hash(Path(name))[:12] for name in methods
+                              if name not in ("gray", MEAN_COLOR)}}
     results = score_all(paths, methods)
+    if not results:
+        raise ColorizeError(f"--image {' '.join(map(str, places))}: no photograph there "
+                            "that can be scored; name a folder of photographs")
     write_report(Path(out), report, results)
     truth = [result for result in results if "ciede2000" in result[1]["gray"]]
     draw_evaluation(Path(out, "evaluation.png"), truth or results, methods)
@@ -259,37 +243,32 @@ def evaluate(*, image: list[str] | Path = ("data/input/val",), model: str | None
 def write_report(out: Path, report: dict, results: list) -> None:
     """Tables of those with and those without a truth; evaluation.json, scores.csv."""
     report["scores"] = {str(path): scores for path, scores in results}
-    rows = [{"photograph": path, "method": method} | scores
+    rows = [{"photograph": printable(path), "method": printable(method)} | scores
             for path, by_method in results for method, scores in by_method.items()]
-    # those with a truth come first: their columns make the header
-    groups = {"in colour": [row for row in rows if "ciede2000" in row],
-              "gray or toned": [row for row in rows if "ciede2000" not in row]}
-    for kind, group in groups.items():
-        summaries = {method: summarize([row for row in group if row["method"] == method])
-                     for method in results[0][1] if group}
-        if group:
-            count = len(group) // len(summaries)
-            print_table(f"{count} photographs {kind}, network at "
-                        f"{report['settings']['size']} px", summaries)
-            report[kind] = {"photographs": count, "summary": {
-                method: {name: {"mean": mean, "interval95": width}
-                         for name, (mean, width) in summary.items()}
-                for method, summary in summaries.items()}}
+    rows.sort(key=lambda row: "ciede2000" not in row)  # more columns make the header
+    for kind, with_truth in (("in colour", True), ("gray or toned", False)):
+        group = [scores for _, scores in results
+                 if ("ciede2000" in scores["gray"]) == with_truth]
+        if not group:
+            continue
+        summaries = {method: summarize([scores[method] for scores in group])
+                     for method in group[0]}
+        size = report["settings"]["size"]
+        print_table(f"{len(group)} photographs {kind}, network at {size} px", summaries)
+        report[kind] = {"photographs": len(group), "summary": {
+            method: {name: dict(zip(("mean", "interval95"), pair))
+                     for name, pair in summary.items()}
+            for method, summary in summaries.items()}}
     write_atomically(out / "evaluation.json",
                      lambda name: name.write_text(json.dumps(report, indent=1)))
-    write_csv(out / "scores.csv", [
-        {name: round(x, 4) if isinstance(x, float) else x for name, x in row.items()}
-        for group in groups.values() for row in group])
+    write_csv(out / "scores.csv", rows)
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
     """A table with a header; a value that a row lacks is left empty."""
     def write(temporary):
-        # a file's name may be no UTF-8
-        with open(temporary, "w", newline="", encoding="utf-8",
-                  errors="surrogateescape") as file:
-            names = dict.fromkeys(name for row in rows for name in row)
-            writer = csv.DictWriter(file, list(names))
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, dict.fromkeys(n for row in rows for n in row))
             writer.writeheader()
             writer.writerows(rows)
     write_atomically(path, write)
@@ -304,18 +283,16 @@ def draw_evaluation(path: Path, results: list, methods: dict) -> None:
     tiles, captions = [], []
     for place in np.linspace(0, len(ranked) - 1, min(12, len(ranked))):
         source, scores = ranked[round(place)]
-        picture, _ = scored_copy(source)
+        picture, _ = scored_copy(source)  # read again: all together would not fit
         tiles += [methods[name](picture) for name in names] + [picture]
         # the end of a name tells most; 32 letters fill a tile
         captions += ["{} {:.3g}".format(printable(name).removesuffix(".tar")[-16:],
                                         summarize([scores[name]])[error][0])
                      for name in names] + [printable(source.name)[:32]]
-    # two photographs a row, where they are narrow
-    columns = (len(names) + 1) * (2 if len(names) < 3 else 1)
+    columns = (len(names) + 1) * (2 if len(names) < 3 else 1)  # one or two photographs
     sheet = picture_sheet(tiles, columns, captions, 200)
     write_atomically(path, lambda name: sheet.save(name, "PNG"))
-    say(f"{path}: from best to worst by {SCORES[error][0]}, which the captions give",
-        result=True)
+    say(f"{path}: from best to worst by {SCORES[error][0]}", result=True)
 
 
 # ------------------------------------------------------------------- pictures of a training
@@ -329,54 +306,42 @@ def draw_preview(path: Path, lab, ab) -> None:
     write_atomically(path, lambda name: sheet.save(name, "PNG"))
 
 
-CURVES = {  # a panel each: title, columns, logarithmic
-    "loss": (["loss", "val_loss"], True),
-    "PSNR, dB": (["psnr"], False),
-    "colourfulness over the truth's": (["color_ratio"], False),
-    "learning rate": (["lr"], False),
-    "discriminator": (["d_loss", "d_real", "d_fake"], False),
-}
+CURVES = {"loss": ["loss", "val_loss"], "PSNR, dB": ["psnr"], "learning rate": ["lr"],
+          "colourfulness over the truth's": ["color_ratio"],
+          "discriminator": ["d_loss", "d_real", "d_fake"]}
 COLORS = ["#1f5fbf", "#d06010", "#208040"]
 WIDTH, HEIGHT = 520, 300  # of a panel, pixels
 
 
 def draw_curves(path: Path, history: list[dict]) -> None:
     """A training's history as a picture: a panel for each of CURVES that it has."""
-    panels = []
-    for title, (columns, log) in CURVES.items():
-        curves = {}
-        for name in columns:
-            points = np.array([(row["epoch"], row[name]) for row in history
-                               if math.isfinite(row.get(name, math.nan))])  # (n, 2)
-            if len(points):
-                curves[name] = points
-                points[:, 1] = np.log10(points[:, 1].clip(1e-12)) if log else points[:, 1]
-        if curves:
-            panels.append((title, curves, log))
+    panels = [(title, names) for title, names in CURVES.items()
+              if not set(names).isdisjoint(history[-1])]  # the last row has all columns
     picture = Image.new("RGB", (WIDTH * 2, HEIGHT * -(-len(panels) // 2)), "white")
     for i, panel in enumerate(panels):
-        draw_panel(ImageDraw.Draw(picture), i % 2 * WIDTH, i // 2 * HEIGHT, *panel)
+        draw_panel(ImageDraw.Draw(picture), i % 2 * WIDTH, i // 2 * HEIGHT, history, *panel)
     write_atomically(path, lambda name: picture.save(name, "PNG"))
 
 
-def draw_panel(draw, left: int, top: int, title: str, curves: dict, log: bool) -> None:
-    """One chart at (left, top): ticks and labels, a line a curve (n, 2), a legend."""
-    points, font = np.concatenate([*curves.values()]), ImageFont.load_default(12)
-    start, span = points.min(axis=0), np.ptp(points, axis=0)  # of epoch and value
-    span[span == 0] = 1
-    # in pixels: the lower left corner, and to the upper right one
-    corner, size = np.array([left + 70, top + HEIGHT - 40]), np.array([WIDTH - 90, 70 - HEIGHT])
-    draw.text((left + 70, top + 8), title + " (log scale)" * log, "black", font)
-    draw.text(corner + size / 2 * (1, 0) + (0, 20), "epoch", "black", font, "ma")
-    for share in np.linspace(0, 1, 5):
+def draw_panel(draw, left: int, top: int, history: list, title: str, names: list) -> None:
+    """One chart at (left, top): ticks and labels, a line a name, a legend."""
+    curves = [[(row["epoch"], row[name]) for row in history
+               if math.isfinite(row.get(name, math.nan))] for name in names]  # no gap
+    points, font = np.array(sum(curves, []) or [(0, 0)]), ImageFont.load_default(12)
+    start, span = points.min(axis=0), np.ptp(points, axis=0).clip(1e-9)  # epoch, value
+    corner = np.array([left + 70, top + HEIGHT - 30])  # the lower left, in pixels
+    size = np.array([WIDTH - 90, 60 - HEIGHT])         # from there to the upper right
+    draw.text((left + 70, top + 8), f"{title}, by epoch", "black", font)
+    for share in np.linspace(0, 1, 5):  # ticks of both axes
         (x, y), (epoch, value) = corner + size * share, start + span * share
         draw.line((left + 70, y, left + WIDTH - 20, y), "#d0d0d0")
-        draw.text((left + 64, y), f"{10 ** value if log else value:.4g}", "black", font, "rm")
+        draw.text((left + 64, y), f"{value:.4g}", "black", font, "rm")
         draw.text((x, corner[1] + 6), f"{epoch:.3g}", "black", font, "ma")
-    for i, (name, curve) in enumerate(curves.items()):
+    for i, (name, curve) in enumerate(zip(names, curves)):
         line = [tuple(corner + size * (point - start) / span) for point in curve]
-        draw.line(line, COLORS[i], 2)
-        draw.circle(line[-1], 3, COLORS[i])  # a single epoch is no line yet
+        draw.line(line, COLORS[i], 2)  # 2 pixels wide
+        for place in line[-1:]:  # where it is now; one epoch alone is no line
+            draw.circle(place, 3, COLORS[i])
         draw.text((left + WIDTH - 26, top + 36 + 15 * i), name, COLORS[i], font, "ra")
 
 

@@ -261,7 +261,7 @@ ROW = {"loss": 0.5, "val_loss": 0.6, "psnr": 22.0, "color_ratio": 0.7, "lr": 1e-
 @pytest.mark.parametrize("rows, panels", [
     ([{"loss": 1.0}], 1), ([ROW], 4), ([ROW, ROW | {"loss": 0.1}], 4),
     ([ROW | {"d_loss": 1.0, "d_real": 0.5, "d_fake": 0.5}] * 3, 5),
-    ([ROW | {"psnr": math.nan, "loss": math.inf}, ROW | {"psnr": math.nan}], 3)])
+    ([ROW | {"psnr": math.nan, "loss": math.inf}, ROW | {"psnr": math.nan}], 4)])
 def test_curves_are_a_picture_of_panels_two_a_row(tmp_path, rows, panels):
     history = [{"epoch": i} | row for i, row in enumerate(rows, 1)]
     evaluate.draw_curves(tmp_path / "curves.png", history)
