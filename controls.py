@@ -18,7 +18,8 @@ from photo import (ColorizeError, FlagError, into_gamut, lightness, read_photo, 
 # how far a hint spreads, found by eye on textured photographs
 HINT_SIGMA = 0.02     # difference of lightness (0..1) that counts as an edge; twice leaks
 HINT_PULL = 3e-3      # of a place to what it should be: colours blend over some 20 pixels
-HINT_LIKE = 0.05, 0.2  # likeness to a hint from which, and at which, a place belongs
+HINT_LIKE = 0.05, 0.1  # likeness to a hint from which, and at which, a place belongs
+HINT_UNLIKE = 20.0    # deviation in L from its hint that a pixel of an object may have
 HINT_RADIUS = 2.5     # pixels of the disc that a hint fixes, at working resolution
 DAB_CHROMA = 14       # ab units by which a dab differs; JPEG's noise is less
 DAB_LIGHTNESS = 12    # L units by which a gray dab does
@@ -144,10 +145,9 @@ def resize(planes: np.ndarray, shape: tuple, mode: str = "bilinear") -> np.ndarr
 def likeness_of(L: np.ndarray, levels: list[torch.Tensor]) -> tuple[np.ndarray, tuple]:
     """How alike the places of a coarse grid are, (P, P), rows in sum one; the grid's shape.
 
-    L: (h, w); levels: the encoder's features, (1, C, h/stride, w/stride) each. A place is
-    8 x 8 pixels, or more where there would be over MAX_PLACES.
+    L: (h, w); levels: the encoder's features, (1, C, h/stride, w/stride) each.
     """
-    cell = max(8.0, np.sqrt(L.size / MAX_PLACES))
+    cell = max(8.0, np.sqrt(L.size / MAX_PLACES))  # a place is 8 x 8 pixels, or more
     places = tuple(max(int(side / cell), 1) for side in L.shape)
     gray = torch.from_numpy(resize(L[None], places, "area")).flatten()[:, None]     # (P, 1)
     y, x = torch.meshgrid(*map(torch.arange, places), indexing="ij")
@@ -178,9 +178,9 @@ def vary(log_probability: np.ndarray, bins: np.ndarray, likeness: np.ndarray, pl
          temperature: float, controls: Controls) -> np.ndarray:
     """Another plausible colouring: log-probabilities (Q, h, w) with whole objects tilted.
 
-    A random field in R^2 over the coarse `places` (rows, columns), made alike where places
-    are alike (likeness (P, P), rows sum to one), is added as a tilt lambda . c, measured in
-    each place's own standard deviations. Colours that the network finds unlikely stay so.
+    A random field in R^2 over the places, made alike where places are alike, is added as a
+    tilt lambda . c, measured in each place's own standard deviations. Colours that the
+    network finds unlikely stay so.
     """
     random = np.random.default_rng([controls.variant, 7])
     field = random.standard_normal((len(likeness), 2)).astype(np.float32)
@@ -267,14 +267,13 @@ def apply_controls(prediction: np.ndarray, L: np.ndarray, colors: np.ndarray | N
                    controls: Controls) -> tuple[np.ndarray, np.ndarray | None]:
     """ab (h, w, 2) and the mean ab wanted, or None: saturation, then reference, mean, mood.
 
-    prediction: probabilities (Q, h/4, w/4) of the colors (Q, 2), or ab (2, h, w) and colors
-    None. L: (h, w).
+    prediction: probabilities (Q, h/4, w/4) of colors (Q, 2), or ab (2, h, w) and None.
     """
     def decode(values, factor):
         planes = values if colors is None else np.einsum("qhw,qc->chw", values, colors)
         return resize(planes, L.shape).transpose(1, 2, 0) * factor
 
-    factor = np.float32(controls.saturation)
+    factor = np.float32(controls.saturation)  # or float64 would come of all
     plain = decode(prediction, factor)
     if not controls.strength or controls.shift is None and controls.target is None:
         return plain, None
@@ -304,7 +303,7 @@ def fixed_points(hints: tuple, image: Image.Image,
     """Which pixels of L (h, w) the hints fix, (h, w) bool, and their ab (h, w, 2).
 
     hints: (x, y, a, b) in pixels of the photograph `image`, of which L is the working copy.
-    What is like a hint in a disc around it: not across an outline, two sigma of lightness.
+    What is like a hint in a disc around it: not across an outline of two sigma.
     """
     height, width = L.shape
     row, column = np.mgrid[:height, :width]
@@ -325,10 +324,9 @@ def fixed_points(hints: tuple, image: Image.Image,
 def fixed_dabs(dabs: Image.Image, image: Image.Image, shape: tuple) -> tuple:
     """Which pixels of a working copy are dabbed, (h, w) bool, and their ab (h, w, 2).
 
-    dabs: a copy of the photograph `image`, any size of the same shape, with colours painted
-    on (Levin et al. 2004). Where it differs from the photograph in chroma, or clearly in
-    lightness (a gray dab), its ab is wanted; the edges of strokes, anti-aliased or blurred
-    by JPEG, are left out.
+    dabs: a copy of the photograph `image`, of any size, with colours painted on (Levin et
+    al. 2004). Where it differs in chroma, or clearly in lightness (a gray dab), its ab is
+    wanted, but for the edges of strokes, which are anti-aliased or blurred by JPEG.
     """
     if abs(dabs.width / dabs.height * image.height / image.width - 1) > 0.02:
         raise FlagError(f"--hints: the dabbed picture is {dabs.width}x{dabs.height}, not "
@@ -338,41 +336,45 @@ def fixed_dabs(dabs: Image.Image, image: Image.Image, shape: tuple) -> tuple:
     lab = rgb_to_lab(np.asarray(dabs.resize(size, Image.Resampling.BOX)))
     photo = working_copy(image, min(size)).convert("RGB").resize(size)
     truth = rgb_to_lab(np.asarray(photo))
-    # the copy may have been made gray first: what is as gray as it is no dab either
-    chroma = np.minimum(np.linalg.norm((lab - truth)[..., 1:], axis=-1),
-                        np.linalg.norm(lab[..., 1:], axis=-1))
-    painted = (chroma > DAB_CHROMA) | (np.abs(lab - truth)[..., 0] > DAB_LIGHTNESS)
+    # the copy may have been made gray first: what is as it is then is no dab either
+    grayed = rgb_to_lab(np.asarray(photo.convert("L").convert("RGB")))
+    chroma, light = (np.minimum(*(np.linalg.norm((lab - other)[..., part], axis=-1)
+                                  for other in (truth, grayed)))
+                     for part in (np.s_[1:], np.s_[:1]))
+    painted = (chroma > DAB_CHROMA) | (light > DAB_LIGHTNESS)
     # eroded by a pixel: noise and blurred outlines go, strokes keep their core
     core = np.asarray(Image.fromarray(painted.astype(np.uint8) * 255).filter(
         ImageFilter.MinFilter(3))) > 0
-    share, a, b = resize([core, lab[..., 1] * core, lab[..., 2] * core], shape)
-    fixed = share > 0.5
-    wanted = np.stack([a, b], axis=-1) / np.maximum(share, 1e-3)[..., None]
+    share, *ab = resize([core, lab[..., 1] * core, lab[..., 2] * core], shape)
+    fixed, wanted = share > 0.5, np.stack(ab, axis=-1) / np.maximum(share, 1e-3)[..., None]
     if not fixed.any():
         raise FlagError("--hints: no dab found; paint broad strokes, over a hundredth of "
                         "the picture, on a copy of the photograph")
     return fixed, wanted
 
 
-def belonging(fixed: np.ndarray, wanted: np.ndarray, likeness: np.ndarray,
+def belonging(L: np.ndarray, fixed: np.ndarray, wanted: np.ndarray, likeness: np.ndarray,
               places: tuple) -> tuple[np.ndarray, np.ndarray]:
     """How much each pixel is of the hinted objects, 0..1 (h, w), and their ab (2, h, w).
 
     fixed, wanted: of fixed_points or fixed_dabs. likeness (P, P): of the coarse places.
     """
     share = resize(fixed[None].astype(np.float32), places, "area").flatten()
-    colors = resize(wanted.transpose(2, 0, 1) * fixed, places, "area").reshape(2, -1)
     hinted = share > 0
-    colors = (colors[:, hinted] / share[hinted]).T                      # (hinted, 2)
+    known = np.stack([*wanted.transpose(2, 0, 1), L]) * fixed
+    known = resize(known, places, "area").reshape(3, -1)[:, hinted] / share[hinted]
     # (P, hinted), over the diagonal: 1 for a place itself, less with every difference
     alike = likeness[:, hinted] / np.diag(likeness)[:, None]
-    # of two hints the one more alike decides: the square makes the choice firmer
-    mixed = alike ** 2 @ colors / np.maximum((alike ** 2).sum(axis=1), 1e-12)[:, None]
+    # of two hints the one more alike decides: the power makes the choice firm
+    weight = (alike / alike.max(axis=1, keepdims=True).clip(1e-30) + 1e-3) ** 6
+    mixed = weight @ known.T / weight.sum(axis=1, keepdims=True)                 # (P, 3)
+    *colors, its_L = resize(mixed.T.reshape(3, *places), L.shape)
     low, high = HINT_LIKE
     # the root, as an object varies more in itself than the network's neighbours do
     member = np.clip((np.sqrt(alike.max(axis=1)) - low) / (high - low), 0, 1)
-    return (resize(member.reshape(1, *places), fixed.shape)[0],
-            resize(mixed.T.reshape(2, *places), fixed.shape))
+    member = resize(member.reshape(1, *places), L.shape)[0]
+    # places are coarse: a bright rim on a dark thing is not of it
+    return member * np.exp(-((L - its_L) / HINT_UNLIKE) ** 2 / 2), np.stack(colors)
 
 
 def propagate_hints(L: np.ndarray, ab: np.ndarray, fixed: np.ndarray, wanted: np.ndarray,
@@ -385,7 +387,7 @@ def propagate_hints(L: np.ndarray, ab: np.ndarray, fixed: np.ndarray, wanted: np
     places that belong to the hints their colour, and nothing elsewhere. After Levin,
     Lischinski and Weiss 2004, in a form that is solved in time, by conjugate gradients.
     """
-    member, colors = belonging(fixed, wanted, likeness, places)
+    member, colors = belonging(L, fixed, wanted, likeness, places)
     ab = ab.transpose(2, 0, 1)
     target = member * (colors - ab)
     free = 1 - fixed.astype(np.float32)

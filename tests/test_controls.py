@@ -281,7 +281,7 @@ def test_spreading_is_the_minimum_that_a_dense_solver_finds():
     fixed[2:4, 3], wanted[2:4, 3] = True, (30, -20)
     like = random.uniform(0.001, 1, (6, 6)) + np.eye(6)
     made = controls.propagate_hints(L.astype(np.float32), ab, fixed, wanted, like, (2, 3))
-    member, colors = controls.belonging(fixed, wanted, like, (2, 3))
+    member, colors = controls.belonging(L.astype(np.float32), fixed, wanted, like, (2, 3))
     number, p = np.arange(108).reshape(shape), controls.HINT_PULL
     matrix, target = np.eye(108) * p, p * (member * (colors - ab.transpose(2, 0, 1))).reshape(2, -1).T
     for r, s in [*zip(number[1:].flat, number[:-1].flat), *zip(number[:, 1:].flat, number[:, :-1].flat)]:
