@@ -31,7 +31,7 @@ from controls import (MOODS, Controls, agree, apply_controls, fixed_dabs, fixed_
 from photo import (MADE, VERSION, ColorizeError, FlagError, Photo, check_target,
                    content_hash, decode_photo, guided_upsampler, into_gamut, lab_to_linear,
                    lightness, linear_to_srgb, made_with, ordered_map, picture_sheet,
-                   printable, progress, read_pages, read_photo, say, survey, tone_of,
+                   photos_in, printable, progress, read_photo, say, survey, tone_of,
                    working_copy, write_photo)
 
 STRIP = 1 << 20           # pixels of full resolution in memory at a time
@@ -265,16 +265,16 @@ def color_file(job: Job, pair: tuple[Path, Path]) -> str | ColorizeError:
         if target.is_file() and not there and not job.overwrite:
             raise ColorizeError(f"{target}: is there and was not made by this program; "
                                 "name another --output, or give --overwrite")
-        photos = read_pages(source, job.max_megapixels)
-        tiff, modes = target.suffix.lower() in TIFF, [photo.image.mode for photo in photos]
-        if len(photos) > 1 and not tiff:
-            raise ColorizeError(f"{source}: has {len(photos)} pages, which only a .tif can "
-                                "hold; name one as --output, or --format tif")
-        deep = tiff and modes == ["I;16"] and job.kind == "color"
-        # pages share nothing but their file
-        pictures, remarks = zip(*(make_picture(job, photo, deep) for photo in photos))
-        # metadata are those of the first page
-        lost = write_photo(target, list(pictures), photos[0], job.description)
+        # the block keeps room for its pixels until they are written
+        with photos_in(source, job.max_megapixels) as photos:
+            tiff, modes = target.suffix.lower() in TIFF, [p.image.mode for p in photos]
+            if len(photos) > 1 and not tiff:
+                raise ColorizeError(f"{source}: has {len(photos)} pages, which only a .tif "
+                                    "can hold; name one as --output, or --format tif")
+            deep = tiff and modes == ["I;16"] and job.kind == "color"
+            pictures, remarks = zip(*(make_picture(job, photo, deep) for photo in photos))
+            # metadata are those of the first page
+            lost = write_photo(target, list(pictures), photos[0], job.description)
     except ColorizeError as error:
         return error
     # each remark once, however many pages it is true of
