@@ -32,6 +32,7 @@ MAX_SIDE = 65_500     # libjpeg's own bound; keeps rows short, and strips are wh
 MAX_PAGES = 500       # of a TIFF, whose tiny pages cost time, not pixels
 Image.init()
 Image.MAX_IMAGE_PIXELS = None  # photos_in has the one bound
+Image.core.set_block_size(64 << 20)  # over 32 MB, where malloc gives back what is freed
 # none of these opens another file inside itself, as IPTC does an EPS, which is a program
 FORMATS = "JPEG PNG TIFF WEBP AVIF GIF BMP PPM JPEG2000 TGA PSD".split()
 # photographs that are named where they are passed over; other files, such as notes, are not
