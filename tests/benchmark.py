@@ -1,6 +1,6 @@
 """Speed, as ratios to what bounds it, and edges: python tests/benchmark.py [loop data ... edges]
 
-Prints a line a figure with its target. Run it with nothing else running.
+Prints a line a figure with its target, in some minutes. Run it with nothing else running.
 """
 
 import os
@@ -20,12 +20,11 @@ from skimage.color import deltaE_ciede2000, rgb2lab
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from basic_model import (PRETRAINED, ColorNet, load_checkpoint, read_tensors,  # noqa: E402
+from basic_model import (PRETRAINED, ColorNet, load_checkpoint, read_checkpoint,  # noqa: E402
                          save_checkpoint, use_bf16)
-from colorize_data import ColorizeData, build_array, decode_lab, prepare  # noqa: E402
-from inference import add_color, predict  # noqa: E402
-from controls import Controls  # noqa: E402
-from photo import (find_photos, guide_slope, guided_upsampler, lightness, working_copy)  # noqa: E402
+from colorize_data import ColorizeData, decode_lab, prepare  # noqa: E402
+from inference import colorize, inference, predict  # noqa: E402
+from photo import find_photos, guide_slope, guided_upsampler, lightness, working_copy  # noqa: E402
 from train import train  # noqa: E402
 
 SAMPLES = ROOT / "data" / "input"
@@ -85,15 +84,14 @@ def bare_rate(size: int, batch: int, bf16: bool, channels_last: bool) -> float:
 
 
 def benchmark_loop(folder: Path) -> None:
-    data = copied_samples(folder / "loop", 4)
+    data = copied_samples(folder / "loop", 3)
     save_checkpoint(folder / "start.tar", ColorNet())
-    train(data=data, out=folder / "out", epochs=2, batch_size=16, size=256, device="cpu",
+    train(data=data, out=folder / "out", epochs=1, batch_size=16, size=256, device="cpu",
           init=str(folder / "start.tar"))
-    row = read_tensors(folder / "out" / "last.tar")["resume"]["history"][-1]
+    row = read_checkpoint(folder / "out" / "last.tar")["resume"]["history"][-1]
     bare = bare_rate(256, 16, use_bf16("auto", torch.device("cpu")), True)
     report("training loop over the bare network, 256 px, batch 16",
            ratio(row["images_per_second"], bare), "0.95")
-    report("share of the time spent waiting for data", f"{row['waiting']:.1%}", "under 1 %")
 
 
 def benchmark_data(folder: Path) -> None:
@@ -117,64 +115,65 @@ def benchmark_data(folder: Path) -> None:
 
 def benchmark_build(folder: Path) -> None:
     (folder / "build" / "train").mkdir(parents=True)
-    large = scaled_sample("RGB", 4000, 3000)
-    for i in range(12):
+    for i in range(12):  # each another: copies of one photograph would be found
+        large = scaled_sample("RGB", 4000, 3000)
+        large.putpixel((0, 0), (i, i, i))
         large.save(folder / "build" / "train" / f"{i}.jpg", quality=92)
     paths = find_photos(folder / "build" / "train")
-    threads = os.cpu_count()
 
     def decode():
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda path: Image.open(path).load(), paths))
-    bare = len(paths) / seconds(decode)
-    files = {path: [f"train/{path.name}", 0, 0] for path in paths}
-    (folder / "build" / "processed").mkdir()
-    array = folder / "build" / "processed" / "train.npy"
-    ours = len(paths) / seconds(lambda: build_array(array, files, {}, threads))
+    bare, start = len(paths) / seconds(decode, 1), time.perf_counter()
+    prepare(folder / "build")
+    ours = len(paths) / (time.perf_counter() - start)
     report("building arrays over Pillow's bare decode, 12-megapixel JPEG", ratio(ours, bare), "0.4")
+
+
+def process(folder: Path, *arguments) -> tuple[float, str]:
+    """Seconds of a whole Python process in a folder, and what it prints."""
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, *map(str, arguments)], check=True, cwd=folder,
+                          capture_output=True, text=True)
+    return time.perf_counter() - start, done.stdout
 
 
 def benchmark_inference(folder: Path) -> None:
     scaled_sample("L", 4000, 3000).save(folder / "large.jpg")
+    bare = process(folder, "-c", "import torch, torchvision")[0]
+    for name in ("out.png", "out.jpg"):
+        ours = process(folder, ROOT / "main.py", "inference", "--model", PRETRAINED,
+                       "--image", "large.jpg", "--output", name)[0]
+        report(f"12 megapixels to {name[-3:].upper()}, whole process over import torch, seconds",
+               ratio(ours, bare), "")
 
-    def process(*arguments):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, *map(str, arguments)], check=True, capture_output=True,
-                       cwd=folder)
-        return time.perf_counter() - start
-    main = ROOT / "main.py", "inference", "--model", PRETRAINED, "--image"
-    bare = seconds(lambda: process("-c", "import torch, torchvision"))
-    for name, what in (("out.png", "a 12-megapixel photograph to PNG, whole process, over import"),
-                       ("out.jpg", "the same to JPEG")):
-        ours = seconds(lambda: process(*main, "large.jpg", "--output", name))
-        report(what, ratio(ours, bare), "")
 
-    paths = find_photos(copied_samples(folder / "many", 2) / "train")
-    (folder / "one").mkdir()
-    (folder / "one" / "x.jpg").write_bytes(paths[0].read_bytes())
-    network, L = load_checkpoint(PRETRAINED)[0], torch.rand(1, 1, 256, 384) * 100
-    with torch.inference_mode():
-        bare = 1 / seconds(lambda: network(L), 7)
-    took = (process(*main, "many/train", "--output", "coloured")
-            - process(*main, "one", "--output", "coloured_one"))
-    report("a folder's photographs/s over one pass of the bare network",
-           ratio((len(paths) - 1) / took, bare), "0.4: several sizes, and writing PNG")
+def benchmark_folder(folder: Path) -> None:
+    """Seconds for 8 photographs of 768 x 512 pixels, and for 8 of as many shapes."""
+    shapes = {"equal": [(768, 512)] * 8,
+              "mixed": [(768 - 32 * i, 512 + 48 * i) for i in range(8)]}
+    for kind, sizes in shapes.items():
+        (folder / kind).mkdir()
+        for i, size in enumerate(sizes):
+            scaled_sample("L", *size).save(folder / kind / f"{i}.png")
+        runs = iter(range(9))
+        took = seconds(lambda: inference(image=[str(folder / kind)], model=str(PRETRAINED),
+                                         output=folder / f"{kind}{next(runs)}", device="cpu"))
+        report(f"a folder of 8 photographs of {kind} shape", f"{took:.2f} s", "")
 
 
 def benchmark_large(folder: Path) -> None:
     """Seconds and peak memory (VmHWM) of a whole process on large gray scans."""
     code = ("import sys; sys.path.insert(0, sys.argv[1]); import main; main.main(sys.argv[2:]); "
             "print([line for line in open('/proc/self/status') if 'VmHWM' in line][0].split()[1])")
-    for megapixels in (10, 100, 200):
+    for megapixels in (10, 100):
         height = int((megapixels * 1e6 / 2) ** 0.5)
         scaled_sample("L", 2 * height, height).save(folder / "scan.tif")
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code, ROOT, "inference", "--image", "scan.tif",
-                               "--model", PRETRAINED, "--output", "scan_color.tif"],
-                              check=True, capture_output=True, text=True, cwd=folder)
-        took, peak = time.perf_counter() - start, int(done.stdout.split()[-1]) / 1e6
+        took, said = process(folder, "-c", code, ROOT, "inference", "--image", "scan.tif",
+                             "--model", PRETRAINED, "--output", f"color{megapixels}.tif")
         report(f"a gray scan of {megapixels} megapixels, TIFF to TIFF, whole process",
-               f"{took:.1f} s = {took / megapixels:.2f} s/MP", f"{peak:.2f} GB at most")
+               f"{took:.1f} s = {took / megapixels:.2f} s/MP",
+               f"{int(said.split()[-1]) / 1e6:.2f} GB at most")
 
 
 def benchmark_bf16(folder: Path) -> None:
@@ -231,18 +230,15 @@ def benchmark_edges(folder: Path) -> None:
     model, errors = load_checkpoint(PRETRAINED)[0], {}
     for path in find_photos(SAMPLES / "val"):
         image = Image.open(path).convert("RGB").reduce(2)  # JPEG stores colour at half the size
-        lab = rgb2lab(np.asarray(image)).astype(np.float32)
-        for kind, factors in (("true", (2, 4, 8, 16)), ("predicted", (2, 4))):
-            for factor in factors:
-                gray = working_copy(image, min(image.size) // factor)
-                small, ab = lightness(gray), rgb2lab(np.asarray(gray))[..., 1:].astype(np.float32)
-                if kind == "predicted":
-                    ab = lab_of(add_color(model, gray.convert("L"), predict(
-                        model, gray.convert("L"), min(gray.size)), Controls())[0])[..., 1:]
-                for name, method in methods.items():
-                    made = np.concatenate([lab[..., :1], method(ab, small, lab[..., 0])], axis=-1)
-                    error = deltaE_ciede2000(lab, made).mean()
-                    errors.setdefault(f"{kind} x{factor}", {}).setdefault(name, []).append(error)
+        lab = lab_of(image)
+        for kind, factor in (("true", 4), ("true", 8), ("true", 16), ("predicted", 4)):
+            small = working_copy(image, min(image.size) // factor)
+            colored = small if kind == "true" else colorize(model, small, min(small.size))
+            ab = lab_of(colored)[..., 1:]
+            for name, method in methods.items():
+                made = np.dstack([lab[..., 0], method(ab, lightness(small), lab[..., 0])])
+                error = deltaE_ciede2000(lab, made).mean()
+                errors.setdefault(f"{kind} x{factor}", {}).setdefault(name, []).append(error)
     print(f"{'CIEDE2000, ab reduced by':<26}" + "".join(f"{column:>15}" for column in errors))
     for name in methods:
         cells = (f"{np.mean(column[name]):>15.2f}" for column in errors.values())
@@ -255,13 +251,13 @@ def benchmark_predict(folder: Path) -> None:
     L = torch.rand(1, 1, 256, 384) * 100
     with torch.inference_mode():
         bare = seconds(lambda: model(L), 7)
-    ours = seconds(lambda: predict(model, image, 256), 7)
+    ours = seconds(lambda: predict(model, image, 256), 5)
     report("prediction of a photograph over one pass of the network, seconds",
            ratio(ours, bare, 2), "under 4")
 
 
 if __name__ == "__main__":
-    names = ["loop", "data", "build", "inference", "large", "bf16", "edges", "predict"]
+    names = ["loop", "data", "build", "inference", "folder", "large", "bf16", "edges", "predict"]
     with tempfile.TemporaryDirectory() as temporary:
         for name in sys.argv[1:] or names:
             globals()[f"benchmark_{name}"](Path(temporary))

@@ -1,15 +1,12 @@
 """Arrays and batches, old photographs, the data command; references: scikit-image, numpy."""
 
 import gzip
-import io
 import itertools
-import json
 import os
 import pickle
 import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,7 +59,7 @@ def test_the_arrays_are_reused_until_photographs_change_or_arrays_are_damaged(da
                    lambda: (train / "new.png").rename(train / "round" / "new.png"),
                    lambda: (train / "round" / "new.png").unlink(),
                    lambda: (processed / "train.npy").write_bytes(b"\x93NUMPY\1\0"),
-                   lambda: (processed / "val.json").write_bytes(b"\xff")):
+                   lambda: (processed / "manifests.json.gz").write_bytes(b"\xff")):
         change()
         built = prepare(data)
         names = [name for name, *_ in built["train"]["photographs"]]
@@ -95,16 +92,19 @@ def test_what_cannot_teach_is_left_out_and_named(tmp_path, capsys):
     expected = {"under 64 pixels": ["tiny.png"],
                 "without colour": ["gray/0.jpg", "gray/1.jpg", "gray/deep.png"],
                 "unreadable": ["empty.jpg", "eps.jpg", "text.jpg"]}
-    assert train["left_out"] == {f"train/{name}": why
-                                 for why in expected for name in expected[why]}
-    assert "train: 3 left out, unreadable: train/empty.jpg, " in capsys.readouterr().err
+    assert train["left_out"] == {why: [f"train/{name}" for name in expected[why]]
+                                 for why in expected}
+    assert "3 left out, unreadable: train/empty.jpg, " in capsys.readouterr().err
 
 
-def test_a_share_is_set_aside_for_validation_that_added_photographs_never_move(tmp_path):
+def test_a_share_is_set_aside_for_validation_that_added_photographs_never_move(
+        tmp_path, monkeypatch):
+    monkeypatch.setattr(colorize_data, "VAL_SHARE", 0.3)
+
     def split_of(numbers):
         for i in numbers:
             made_photo(i, 64, 64).save(tmp_path / "train" / f"{i}.png", compress_level=1)
-        manifests = prepare(tmp_path, val_fraction=0.3)
+        manifests = prepare(tmp_path)
         return {name: split for split, manifest in manifests.items()
                 for name, *_ in manifest["photographs"]}
     (tmp_path / "train").mkdir()
@@ -117,17 +117,16 @@ def test_a_share_is_set_aside_for_validation_that_added_photographs_never_move(t
     for i in range(9):
         assert second.pop(f"train/renamed{i}.png") == first.pop(f"train/{i}.png")
     assert first.items() <= second.items()
-    assert prepare(tmp_path)["val"] == prepare(tmp_path, 0.3)["val"]  # what was asked for is kept
 
 
 def test_nothing_to_learn_from_is_named(tmp_path):
-    with pytest.raises(ColorizeError, match=f"{tmp_path / 'train'}.*--data"):
+    with pytest.raises(ColorizeError, match=f"{tmp_path / 'train'}.* --source {tmp_path} --data"):
         prepare(tmp_path)
     (tmp_path / "train").mkdir()
     for i in (1, 2):  # one would be aside for validation
         made_photo(i).convert("L").save(tmp_path / "train" / f"gray{i}.png")
     for _ in range(2):  # the second time the arrays are there, and empty
-        with pytest.raises(ColorizeError, match=f"{tmp_path / 'train'}: 1 without colour"):
+        with pytest.raises(ColorizeError, match=f"{tmp_path / 'train'}; add .* colour"):
             prepare(tmp_path)
 
 
@@ -225,23 +224,18 @@ def test_an_old_photograph_is_a_function_of_its_number_and_looks_like_the_photog
 
 # ---------------------------------------------------------- whole, current, fairly split
 
-def test_touched_and_copied_photographs_need_no_new_arrays_and_changed_ones_do(
+def test_copied_photographs_give_the_same_arrays_changed_ones_do_not_and_a_start_reads_none(
         data, tmp_path, monkeypatch):
-    built = prepare(data)
-    for path in find_photos(data):
-        os.utime(path, (1, 1))
-    copied = tmp_path / "copied"
+    built, copied = prepare(data), tmp_path / "copied"
     shutil.copytree(data, copied, copy_function=shutil.copyfile)  # without times
+    assert prepare(copied) == built
     with monkeypatch.context() as patch:
-        patch.setattr(colorize_data, "lab_square", None)
-        assert prepare(data) == prepare(copied) == built
-        patch.setattr(colorize_data, "content_hash", None)  # the second start reads nothing
+        patch.setattr(colorize_data, "content_hash", None)
         assert prepare(data) == prepare(copied) == built
     path = data / "train" / "round" / "1.png"
-    content, pixel = path.read_bytes(), Image.open(path)
+    pixel = Image.open(path)
     pixel.putpixel((40, 40), (255, 0, 0))
     pixel.save(path)
-    assert path.read_bytes() != content
     assert prepare(data)["train"]["fingerprint"] != built["train"]["fingerprint"]
 
 
@@ -260,31 +254,30 @@ def test_damaged_arrays_are_built_again(data, damage, capsys):
     assert array.read_bytes() == whole and "damaged" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", [
-    "[]", "3", "null", "{}", "[" * 99999, '{"val_fraction": "x"}', "{", "\ud800",
-    {"val_fraction": []}, {"photographs": [[1]]}, {"left_out": 3}])
+@pytest.mark.parametrize("content", [b"", b"{}", b"\xff", gzip.compress(b"[3]"),
+                                     gzip.compress(b"3"), gzip.compress(b"{"), None])
 def test_an_odd_manifest_is_made_anew(data, content):
-    built, path = prepare(data), data / "processed" / "train.json"
-    if isinstance(content, dict):
-        content = json.dumps(json.loads(path.read_text()) | content)
-    path.write_bytes(content.encode("utf-8", "surrogatepass"))
-    (data / "processed" / "hashes.json").write_bytes(path.read_bytes())
+    built, path = prepare(data), data / "processed" / "manifests.json.gz"
+    whole = bytearray(path.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    path.write_bytes(whole if content is None else content)
     assert prepare(data) == built
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_of_few_photographs_one_is_for_validation_and_it_can_be_used(tmp_path, seed):
+def test_of_few_photographs_one_is_for_validation_and_it_can_be_used(tmp_path, seed, monkeypatch):
     (tmp_path / "train").mkdir()
     for i in range(4):
         made_photo(10 * seed + i, 64, 64).save(tmp_path / "train" / f"{i}.png")
     for i in range(6):  # the smallest hash may well be one of these
         Image.new("L", (70, 70), 10 * seed + i).save(tmp_path / "train" / f"gray{i}.png")
-    manifests = prepare(tmp_path, val_fraction=1e-9)
-    assert [len(manifests[split]["photographs"]) for split in ("train", "val")] == [3, 1]
-    hashes = [photo[1] for split in ("val", "train") for photo in manifests[split]["photographs"]]
-    assert hashes[0] == min(hashes)
-    manifests = prepare(tmp_path, val_fraction=0.999999)
-    assert [len(manifests[split]["photographs"]) for split in ("train", "val")] == [1, 3]
+    for share in (1e-9, 0.999999):
+        monkeypatch.setattr(colorize_data, "VAL_SHARE", share)
+        shutil.rmtree(tmp_path / "processed", ignore_errors=True)
+        manifests = prepare(tmp_path)
+        hashes = {split: [photo[1] for photo in manifests[split]["photographs"]]
+                  for split in ("train", "val")}
+        assert len(hashes["train"]) == 3 and hashes["val"] == [min(sum(hashes.values(), []))]
 
 
 def test_a_photograph_gone_after_it_was_listed_is_left_out(data, monkeypatch):
@@ -292,17 +285,7 @@ def test_a_photograph_gone_after_it_was_listed_is_left_out(data, monkeypatch):
     monkeypatch.setattr(colorize_data, "survey",
                         lambda folder: (survey(folder), gone.unlink(missing_ok=True))[0])
     train = prepare(data)["train"]
-    assert train["left_out"] == {"train/round/1.png": "unreadable"}
-    assert len(train["photographs"]) == 7
-
-
-def test_photographs_directly_in_the_folder_are_told_how_they_get_in(tmp_path):
-    for i in range(3):
-        made_photo(i).save(tmp_path / f"{i}.png")
-    with pytest.raises(ColorizeError, match=f"3 elsewhere.*data --source {tmp_path} --data"):
-        prepare(tmp_path)
-    with pytest.raises(ColorizeError, match=f"no photograph below {tmp_path / 'none'}"):
-        prepare(tmp_path / "none")
+    assert len(train["photographs"]) == 7 and not train["left_out"]
 
 
 # -------------------------------------------------------------------------- the data command
@@ -310,15 +293,11 @@ def test_photographs_directly_in_the_folder_are_told_how_they_get_in(tmp_path):
 def test_the_data_report_counts_what_there_is(data, capsys):
     made_photo(90).convert("L").save(data / "train" / "gray.png")
     colorize_data.data(data=data)
-    out = capsys.readouterr().out
+    out, remarks = capsys.readouterr()
     assert "train: 8 photographs used" in out and "val: 4 photographs used" in out
-    assert "1 left out, without colour: train/gray.png" in out
+    assert "1 left out, without colour: train/gray.png" in remarks
     assert "round 4" in out and "square 4" in out
-    ab = np.concatenate([color.rgb2lab(np.asarray(Image.open(path)))[..., 1:].reshape(-1, 2)
-                         for path in (data / "train").rglob("[0-9]*.png")])
-    means = [float(line.split()[2].rstrip(",")) for line in out.splitlines() if line[1:2] == "*"]
-    assert means == pytest.approx(ab.mean(axis=0), abs=2)  # the arrays hold a centre crop
-    assert Image.open(data / "processed" / "preview.png").size == (6 * 196 + 4, 4 * 212 + 4)
+    assert Image.open(data / "processed" / "preview.png").size == (4 * 196 + 4, 4 * 212 + 4)
 
 
 def test_the_same_photograph_in_train_and_val_is_an_error_that_names_both(data):
@@ -352,7 +331,7 @@ def pack(root: Path, kind: str) -> Path:
 FLOWERS = [f"{flower}/{i}.png" for flower in ("rose", "tulip") for i in range(15)]
 
 
-@pytest.mark.parametrize("kind", ["zip", "tar", "gztar", "xztar", "folder"])
+@pytest.mark.parametrize("kind", ["zip", "folder"])
 def test_an_import_splits_by_content_and_keeps_classes(tmp_path, kind):
     source = pack(make_set(tmp_path / "flowers", FLOWERS), kind)
     import_photos(source, tmp_path / "data", 0.3)
@@ -420,11 +399,7 @@ def test_a_set_that_is_split_stays_split_so(tmp_path, kind, names, expected):
 def hostile_zip(path: Path, kind: str) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("good.txt", "text")
-        if kind == "link":
-            info = zipfile.ZipInfo("link.png")
-            info.external_attr = 0o120777 << 16
-            archive.writestr(info, "/etc/hostname")
-        elif kind == "bomb":
+        if kind == "bomb":
             with archive.open("bomb.png", "w") as file:
                 for _ in range(240):
                     file.write(bytes(1 << 20))
@@ -433,22 +408,10 @@ def hostile_zip(path: Path, kind: str) -> None:
                               "backslash": "..\\escaped.png"}[kind], "text")
 
 
-def hostile_tar(path: Path, kind: str) -> None:
-    with tarfile.open(path, "w:gz") as archive:
-        info = tarfile.TarInfo({"up": "a/../../escaped.png", "absolute": "/tmp/escaped.png",
-                                "backslash": "..\\escaped.png"}.get(kind, "strange.png"))
-        if kind == "link":
-            info.type, info.linkname = tarfile.SYMTYPE, "/etc/hostname"
-        if kind == "bomb":
-            info.size = 240 << 20
-        archive.addfile(info, io.BytesIO(bytes(info.size)))
-
-
-@pytest.mark.parametrize("kind", ["up", "absolute", "backslash", "link", "bomb"])
-@pytest.mark.parametrize("make, ending", [(hostile_zip, "zip"), (hostile_tar, "tar.gz")])
-def test_a_hostile_archive_is_refused_and_nothing_is_written(tmp_path, make, ending, kind):
-    source = tmp_path / f"set.{ending}"
-    make(source, kind)
+@pytest.mark.parametrize("kind", ["up", "absolute", "backslash", "bomb"])
+def test_a_hostile_zip_is_refused_and_nothing_is_written(tmp_path, kind):
+    source = tmp_path / "set.zip"
+    hostile_zip(source, kind)
     with pytest.raises(ColorizeError) as error:
         import_photos(source, tmp_path / "deep" / "data", 0.1)
     assert "\n" not in str(error.value) and "nothing was taken" in str(error.value)
@@ -461,8 +424,7 @@ def damaged(path: Path, kind: str) -> Path:
     if kind == "text":
         path.write_text("no archive")
         return path
-    packed = "zip" if kind == "encrypted" else kind
-    source = pack(make_set(path.parent / "flowers", FLOWERS), packed)
+    source = pack(make_set(path.parent / "flowers", FLOWERS), kind if kind == "tar" else "zip")
     content = bytearray(source.read_bytes())
     if kind == "encrypted":  # the flag bit of every file, in both places
         for mark, offset in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
@@ -472,18 +434,18 @@ def damaged(path: Path, kind: str) -> Path:
                 at = content.find(mark, at + 4)
     elif kind == "zip":
         content[len(content) // 2:len(content) // 2 + 200] = bytes(200)
-    else:
+    elif kind == "cut":
         del content[len(content) // 2:]
     path.write_bytes(content)
     return path
 
 
-@pytest.mark.parametrize("kind", ["absent", "text", "zip", "tar", "gztar", "xztar", "encrypted"])
+@pytest.mark.parametrize("kind", ["absent", "text", "zip", "cut", "encrypted", "tar"])
 def test_a_damaged_archive_is_one_line(tmp_path, kind):
     source = damaged(tmp_path / "set.bin", kind)
     with pytest.raises(ColorizeError, match="--source") as error:
         import_photos(source, tmp_path / "data", 0.1)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and (kind == "absent" or "tar -xf" in str(error.value))
     assert not (tmp_path / "data").exists() or files(tmp_path / "data") == []
 
 
@@ -492,79 +454,35 @@ def test_an_archive_larger_than_the_disk_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(ColorizeError, match="free"):
         import_photos(source, tmp_path / "data", 0.1)
-    assert files(tmp_path / "data") == []
+    assert not (tmp_path / "data").exists()
 
 
-def test_a_set_that_holds_the_data_folder_is_not_imported_from_that_again(tmp_path, capsys):
-    source = make_set(tmp_path / "flowers", FLOWERS[:6])
-    for _ in range(3):
-        import_photos(source, source / "mine", 0.3)
-    assert len(files(source / "mine")) == 6
-    assert "6 already there" in capsys.readouterr().err
+def test_what_macos_adds_and_what_is_no_photograph_is_not_taken(tmp_path):
+    source = make_set(tmp_path / "set", ["a/1.png", "b/2.png"])
+    (source / "notes.txt").write_text("notes")
+    (source / "a" / "._1.png").write_text("icon")
+    import_photos(pack(source, "zip"), tmp_path / "data", 1e-9)
+    assert files(tmp_path / "data") == ["train/a/1.png", "train/b/2.png"]
 
 
-@pytest.mark.parametrize("inside", [".", "train", "new/deep"])
+@pytest.mark.parametrize("inside", [".", "train", "new/deep", ".."])
 def test_the_data_folder_is_not_imported_into_itself(tmp_path, inside):
-    make_set(tmp_path, ["train/1.png", "new/deep/2.png", "processed/preview.png"])
+    data = make_set(tmp_path / "data", ["train/1.png", "new/deep/2.png", "processed/preview.png"])
     before = files(tmp_path)
     with pytest.raises(ColorizeError, match="--source .*itself; name another"):
-        import_photos(tmp_path / inside, tmp_path, 0.1)
+        import_photos(data / inside, data, 0.1)
     assert files(tmp_path) == before
 
 
-def packed_tar(path: Path, names) -> Path:
-    """A tar of photographs and a long name; names: of its members."""
-    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
-        for i, name in enumerate(names):
-            picture = io.BytesIO()
-            made_photo(i, 70, 66).save(picture, "PNG")
-            info = tarfile.TarInfo(name)
-            info.size = picture.tell()
-            picture.seek(0)
-            archive.addfile(info, picture)
-    return path
-
-
-@pytest.mark.parametrize("make", [
-    lambda tar, start: tar[:start] + b"x" * 512 + tar[start + 512:],     # a header overwritten
-    lambda tar, start: tar[:start] + bytes(2000) + tar[start + 2000:],  # and by zeros
-    lambda tar, start: tar[:start], lambda tar, start: tar[:start + 200],  # cut off
-    lambda tar, start: tar[:start + 512]])
-def test_nothing_is_taken_of_a_tar_that_is_damaged_anywhere(tmp_path, make):
-    source = packed_tar(tmp_path / "set.tar", [f"{i}.png" for i in range(20)])
-    with tarfile.open(source) as archive:
-        start = archive.getmembers()[9].offset
-    source.write_bytes(make(source.read_bytes(), start))
-    with pytest.raises(ColorizeError, match="damaged .*nothing was taken") as error:
-        import_photos(source, tmp_path / "data", 0.1)
-    assert "\n" not in str(error.value) and files(tmp_path / "data") == []
-
-
-@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
-def test_tars_of_every_format_and_long_names_in_any_script_are_read(tmp_path, form):
-    name = "写真" * 5 + "/" + "long" * (20 if form == tarfile.USTAR_FORMAT else 40) + ".png"
-    make_set(tmp_path / "set", [name, "b.png"])
-    with tarfile.open(tmp_path / "set.tar.gz", "w:gz", format=form) as archive:
-        archive.add(tmp_path / "set", "set")
-    import_photos(tmp_path / "set.tar.gz", tmp_path / "data", 1e-9)
-    assert files(tmp_path / "data") == sorted([f"train/{name}", "train/b.png"])
-
-
-def header_bomb(path: Path) -> None:
-    """600 kB that unpack to a name of 600 MB."""
-    info = tarfile.TarInfo("././@LongLink")
-    info.type, info.size = tarfile.GNUTYPE_LONGNAME, 600 << 20
-    with gzip.open(path, "wb", compresslevel=1) as file:
-        file.write(info.tobuf())
-        for _ in range(600):
+def method_bomb(path: Path) -> None:
+    """A kilobyte that bz2 unpacks to 900 MB, however little is asked for."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_BZIP2) as archive, \
+            archive.open("x.png", "w") as file:
+        for _ in range(900):
             file.write(bytes(1 << 20))
-
-
-def many_members(path: Path) -> None:
-    block = tarfile.TarInfo("x.png").tobuf()
-    with gzip.open(path, "wb", compresslevel=1) as file:
-        for _ in range(50):
-            file.write(block * 10000)
+    content = path.read_bytes()  # which says that they are 1 MB
+    path.write_bytes(content.replace((900 << 20).to_bytes(4, "little"),
+                                     (1 << 20).to_bytes(4, "little")))
 
 
 def many_in_a_zip(path: Path) -> None:
@@ -574,14 +492,7 @@ def many_in_a_zip(path: Path) -> None:
     path.write_bytes(b"PK\3\4" + bytes(26) + (entry * (size // len(entry) + 1))[:size] + end)
 
 
-def devices(path: Path) -> None:
-    with tarfile.open(path, "w") as archive:
-        info = tarfile.TarInfo("x.png")
-        info.type = tarfile.CHRTYPE
-        archive.addfile(info)
-
-
-@pytest.mark.parametrize("make", [header_bomb, many_members, many_in_a_zip, devices])
+@pytest.mark.parametrize("make", [method_bomb, many_in_a_zip])
 def test_an_archive_cannot_take_the_machine(tmp_path, make):
     """In a process of its own, with 600 MB above what it has when the modules are loaded."""
     make(tmp_path / "x.bin")
@@ -595,7 +506,8 @@ def test_an_archive_cannot_take_the_machine(tmp_path, make):
                          cwd=Path(colorize_data.__file__).parent, capture_output=True, text=True,
                          timeout=120)
     assert "nothing was taken" in run.stdout, run.stderr[-500:]
-    assert files(tmp_path / "data") == []
+    assert "is packed oddly" in run.stdout or make is many_in_a_zip
+    assert not (tmp_path / "data").exists()
 
 
 def test_a_pipe_is_no_archive(tmp_path):
@@ -604,18 +516,8 @@ def test_a_pipe_is_no_archive(tmp_path):
         import_photos(tmp_path / "pipe.zip", tmp_path / "data", 0.1)
 
 
-def test_what_killed_imports_left_is_cleared_and_what_others_do_is_not(tmp_path):
-    source, data = make_set(tmp_path / "flowers", FLOWERS[:2]), tmp_path / "data"
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    for number in (ended.pid, os.getpid(), os.getppid()):
-        (data / f".import-{number}-x" / "deep").mkdir(parents=True)
-    import_photos(source, data, 0.1)
-    assert [path.name for path in data.glob(".*")] == [f".import-{os.getppid()}-x"]
-
-
 def test_a_photograph_gone_after_it_was_listed_is_counted(tmp_path, monkeypatch, capsys):
-    source = make_set(tmp_path / "flowers", FLOWERS[:3])
+    source = make_set(tmp_path.resolve() / "flowers", FLOWERS[:3])
     listed = colorize_data.find_photos(source)
     listed[1].unlink()
     monkeypatch.setattr(colorize_data, "find_photos", lambda folder: listed)
