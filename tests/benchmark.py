@@ -158,7 +158,7 @@ def benchmark_folder(folder: Path) -> None:
             scaled_sample("L", *size).save(folder / kind / f"{i}.png")
         runs = iter(range(9))
         took = seconds(lambda: inference(image=[str(folder / kind)], model=str(PRETRAINED),
-                                         output=folder / f"{kind}{next(runs)}", device="cpu"))
+                                         output=folder / f"{kind}{next(runs)}", device="cpu"), 1)
         report(f"a folder of 8 photographs of {kind} shape", f"{took:.2f} s", "")
 
 
