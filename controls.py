@@ -20,12 +20,12 @@ HINT_SIGMA = 0.02     # difference of lightness (0..1) that counts as an edge; t
 HINT_PULL = 3e-3      # of a place to what it should be: colours blend over some 20 pixels
 HINT_LIKE = 0.05, 0.1  # likeness to a hint from which, and at which, a place belongs
 HINT_UNLIKE = 20.0    # deviation in L from its hint that a pixel of an object may have
+MAX_HINTS = 200       # points: each costs time
 HINT_RADIUS = 2.5     # pixels of the disc that a hint fixes, at working resolution
 DAB_CHROMA = 14       # ab units by which a dab differs; JPEG's noise is less
 DAB_LIGHTNESS = 12    # L units by which a gray dab does
-# how alike two places are, exp(-d^2/2): lightness, distance as a share of the long side,
-# and the encoder's features of length 1; from 60 validation and 12 old photographs: wider,
-# and flowers pale; narrower, and spots stay
+# how alike places are, exp(-d^2/2): lightness, distance over the long side, features of
+# length 1; measured on photographs: wider pales flowers, narrower leaves spots on walls
 LIKE_L, LIKE_DISTANCE, LIKE_FEATURES = 10.0, 0.4, 0.45
 MAX_PLACES = 4096     # of the likeness matrix: 64 MB
 # a variant tilts each place's colours by about this share of the standard deviation of its
@@ -93,12 +93,16 @@ def read_hints(text: str) -> tuple[tuple, Image.Image | None]:
         if path.suffix.lower() != ".txt":
             return (), read_photo(path).image.convert("RGB")
         try:
+            if not path.is_file() or path.stat().st_size > 1e6:  # a pipe never ends
+                raise OSError
             text = path.read_text(encoding="utf-8-sig").replace("\n", ";")
         except (OSError, ValueError):
             raise ColorizeError(f"--hints {path}: cannot be read as text; write "
                                 "x,y,#rrggbb in each line") from None
-    hints = []
-    for point in filter(str.strip, text.split(";")):
+    hints, points = [], list(filter(str.strip, text.split(";")))
+    if len(points) > MAX_HINTS:
+        raise FlagError(f"--hints: {MAX_HINTS} points are the most; dab on a copy instead")
+    for point in points:
         try:
             x, y, color = point.split(",", 2)
             hints.append((int(x), int(y), *hex_to_ab(color, "--hints")))
@@ -117,20 +121,19 @@ def read_controls(mood: str | None = None, mean_color: str | None = None,
     if len(given) > 1:  # each names the mean colour
         raise FlagError(f"{' and '.join(given)} contradict each other: give one")
     if strength != 1 and not given and not variant:
-        raise FlagError("--strength is that of --mood, --mean_color, --reference or "
-                        "--variant: give one")
+        raise FlagError(f"--strength is that of --{', --'.join(flags)} or --variant")
     if mood is not None and mood not in MOODS:
         raise FlagError(f"--mood {mood}: choose one of {', '.join(MOODS)}")
-    bundle = MOODS[mood] if mood else Controls()
-    target, spread = None if mean_color is None else read_mean_color(mean_color), None
+    bundle, spread = MOODS[mood] if mood else Controls(), None
+    target = None if mean_color is None else read_mean_color(mean_color)
     if reference is not None:
         small = working_copy(read_photo(Path(reference)).image, 128).convert("RGB")
         ab = rgb_to_lab(np.asarray(small))[..., 1:]
         target, spread = tuple(ab.mean(axis=(0, 1)).tolist()), spread_of(ab)
-    points, dabs = read_hints(hints or "")
-    return Controls(  # an explicit saturation overrides a mood's own, which strength scales
-        1 + strength * (bundle.saturation - 1) if saturation is None else saturation,
-        bundle.shift, target, spread, strength, variant, points, dabs)
+    if saturation is None:  # an explicit one overrides a mood's own, which strength scales
+        saturation = 1 + strength * (bundle.saturation - 1)
+    return Controls(saturation, bundle.shift, target, spread, strength, variant,
+                    *read_hints(hints or ""))
 
 
 # ----------------------------------------------------------------------------- alike places
@@ -183,7 +186,7 @@ def vary(log_probability: np.ndarray, bins: np.ndarray, likeness: np.ndarray, pl
     network finds unlikely stay so.
     """
     random = np.random.default_rng([controls.variant, 7])
-    field = random.standard_normal((len(likeness), 2)).astype(np.float32)
+    field = random.standard_normal((len(likeness), 2), np.float32)
     for _ in range(VARIANT_ROUNDS):
         field = likeness @ field  # each place takes the mean over those like it
         field = (field - field.mean(axis=0)) / max(field.std(), 1e-6)
@@ -196,7 +199,7 @@ def vary(log_probability: np.ndarray, bins: np.ndarray, likeness: np.ndarray, pl
     square = np.einsum("qhw,q->hw", annealed, (bins ** 2).sum(axis=1))
     deviation = np.sqrt(np.maximum(square - (mean ** 2).sum(axis=0), 1.0))
     # 0 where the network is certain, 1 where it is open; between them a smooth step
-    free = np.clip((deviation - VARIANT_CERTAIN) / (VARIANT_OPEN - VARIANT_CERTAIN), 0, 1)
+    free = np.interp(deviation, (VARIANT_CERTAIN, VARIANT_OPEN), (0, 1))
     free = free * free * (3 - 2 * free)
     # a tilt lambda moves a mean by covariance . lambda: this one by about VARIANT_TILT
     # deviations; alike places by the same, or a wall would be spotted
@@ -348,8 +351,8 @@ def fixed_dabs(dabs: Image.Image, image: Image.Image, shape: tuple) -> tuple:
     share, *ab = resize([core, lab[..., 1] * core, lab[..., 2] * core], shape)
     fixed, wanted = share > 0.5, np.stack(ab, axis=-1) / np.maximum(share, 1e-3)[..., None]
     if not fixed.any():
-        raise FlagError("--hints: no dab found; paint broad strokes, over a hundredth of "
-                        "the picture, on a copy of the photograph")
+        raise FlagError("--hints: no dab found; paint broad strokes on a copy of the "
+                        "photograph, over a hundredth of its width")
     return fixed, wanted
 
 
@@ -369,9 +372,8 @@ def belonging(L: np.ndarray, fixed: np.ndarray, wanted: np.ndarray, likeness: np
     weight = (alike / alike.max(axis=1, keepdims=True).clip(1e-30) + 1e-3) ** 6
     mixed = weight @ known.T / weight.sum(axis=1, keepdims=True)                 # (P, 3)
     *colors, its_L = resize(mixed.T.reshape(3, *places), L.shape)
-    low, high = HINT_LIKE
     # the root, as an object varies more in itself than the network's neighbours do
-    member = np.clip((np.sqrt(alike.max(axis=1)) - low) / (high - low), 0, 1)
+    member = np.interp(np.sqrt(alike.max(axis=1)), HINT_LIKE, (0, 1))
     member = resize(member.reshape(1, *places), L.shape)[0]
     # places are coarse: a bright rim on a dark thing is not of it
     return member * np.exp(-((L - its_L) / HINT_UNLIKE) ** 2 / 2), np.stack(colors)
@@ -399,11 +401,10 @@ def propagate_hints(L: np.ndarray, ab: np.ndarray, fixed: np.ndarray, wanted: np
         + np.pad(right, ((0, 0), (0, 1))) + np.pad(right, ((0, 0), (1, 0))))
 
     def gradient(d):  # of half of the sum but for the target; zero where d is fixed
-        result = total * d
-        result[:, :-1] -= down * d[:, 1:]
-        result[:, 1:] -= down * d[:, :-1]
-        result[..., :-1] -= right * d[..., 1:]
-        result[..., 1:] -= right * d[..., :-1]
+        result = HINT_PULL * d
+        for axis, weight in ((1, down), (2, right)):  # what flows in less what flows out
+            flow = weight * np.diff(d, axis=axis)
+            result -= np.diff(flow, axis=axis, prepend=0, append=0)
         return free * result
     residual = free * HINT_PULL * target - gradient(d)  # what is still to be made up for
     direction, power, enough = 0, np.float32(1), None
@@ -425,8 +426,8 @@ def propagate_hints(L: np.ndarray, ab: np.ndarray, fixed: np.ndarray, wanted: np
 def hint_correction(image: Image.Image, upsample, hints: tuple, scale: float):
     """A function that gives each hint's pixel exactly its colour, and what is like it near.
 
-    scale: pixels of the photograph for one of the network's. Each hint adds a bump in
-    distance and lightness, their amounts solved for together (radial basis functions).
+    scale: pixels of the photograph for one of the network's. Each hint adds a bump, their
+    amounts solved for together (radial basis functions).
     """
     if not hints:
         return lambda L, colors, top: None
