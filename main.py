@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import textwrap
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,8 +24,7 @@ RANGE = re.compile(r"\((-?\d[\d.e-]*?)\.\.(-?[\d.e-]*)\)$")  # (0..4) or (1..) e
 # what other programs call our flags; the first that the command has is meant
 SYNONYMS = {"--input": ("--image", "--data"), "--learning_rate": ("--lr",),
             "--weights": ("--model", "--init"), "--checkpoint": ("--model", "--init")}
-YES_OR_NO = ("true", "false", "yes", "no", "on", "off", "1", "0")  # no switch takes them
-NO_MEMORY = "out of memory|not enough memory|allocate memory"  # a RuntimeError, too
+NO_MEMORY = "of memory|enough memory|allocate memory"  # in a RuntimeError of torch, too
 
 
 class UsageError(Exception):
@@ -45,23 +45,24 @@ def read_command(name: str) -> tuple[str, dict[str, Flag]]:
     tree = ast.parse((HERE / f"{COMMANDS[name]}.py").read_text(encoding="utf-8"))
     function = next(node for node in tree.body if getattr(node, "name", "") == name)
     summary, _, lines = ast.get_docstring(function).partition("\n\n")
-    # an indented line goes on with the one above
-    lines, flags = "\n" + re.sub(r"\n +", " ", lines), {}
-    for argument, default in zip(function.args.kwonlyargs, function.args.kw_defaults):
-        before, _, after = lines.partition(f"\n{argument.arg}: ")
-        headings = re.findall(r"^.*:$", before, re.MULTILINE)
-        kind, choices = ast.unparse(argument.annotation).split(" | ")[0], None
+    arguments = {argument.arg: (argument.annotation, default) for argument, default
+                 in zip(function.args.kwonlyargs, function.args.kw_defaults)}
+    group, flags = "", {}
+    for line in re.sub(r"\n +", " ", lines).splitlines():  # an indented line goes on
+        flag, _, text = line.partition(": ")
+        if flag not in arguments:
+            group = line if line.endswith(":") else group
+            continue
+        annotation, default = arguments[flag]
+        kind, choices = ast.unparse(annotation).split(" | ")[0], None
         if kind.startswith("Literal"):  # what its brackets hold is a list, too
             choices = ast.literal_eval(kind.removeprefix("Literal"))
             kind = type(choices[0]).__name__
         # Path("a") has the value in its brackets
         default = ast.literal_eval(getattr(default, "args", [default])[0])
         default = " ".join(default) if isinstance(default, tuple) else str(default)
-        flags[argument.arg] = Flag(kind.partition("[")[0], choices, default,
-                                   after.partition("\n")[0], (headings or [""])[-1])
-    # as they are explained, so that each heading stands once
-    ordered = sorted(flags, key=lambda flag: lines.find(f"\n{flag}: "))
-    return summary, {flag: flags[flag] for flag in ordered}
+        flags[flag] = Flag(kind.partition("[")[0], choices, default, text, group)
+    return summary, flags
 
 
 def suggest(word: str, known) -> str:
@@ -72,10 +73,10 @@ def suggest(word: str, known) -> str:
 
 def convert(name: str, text: str, flag: Flag):
     """A flag's text as a value of its type, within its range; UsageError if it is none."""
-    if flag.choices:
-        values = {str(choice): choice for choice in flag.choices}
-        if text in values:
-            return values[text]
+    values = {str(choice): choice for choice in flag.choices or ()}
+    if text in values:
+        return values[text]
+    if values:
         raise UsageError(f"--{name} {text}: choose one of {', '.join(values)}"
                          + suggest(text, values))
     try:
@@ -84,57 +85,58 @@ def convert(name: str, text: str, flag: Flag):
         value = math.nan
     limits = RANGE.search(flag.help)
     low, high = limits.groups() if limits else (-1e308, 1e308)
-    if isinstance(value, (int, float)) and not float(low) <= value <= float(high or 1e308):
-        wanted = "a whole number" if flag.kind == "int" else "a number"
-        if limits and value == value:  # nan is not
-            wanted = f"{low}..{high}" if high else f"{low} or more"
-        raise UsageError(f"--{name} {text}: must be {wanted}")
-    return value
+    if flag.kind in ("str", "Path") or float(low) <= value <= float(high or 1e308):
+        return value
+    wanted = "a whole number" if flag.kind == "int" else "a number"
+    if limits and not math.isnan(value):
+        wanted = f"{low}..{high}" if high else f"{low} or more"
+    raise UsageError(f"--{name} {text}: must be {wanted}")
 
 
 def parse(arguments: list[str], flags: dict[str, Flag]) -> dict:
     """--flag value, --flag=value, --switch and --no-switch to keyword arguments."""
     values, waiting, name = {}, list(arguments), ""
-    known = [f"--{flag}" for flag in flags]
+    known = {f"--{flag}": (flag, True) for flag in flags}
+    known |= {f"--no_{flag}": (flag, False) for flag in flags if flags[flag].kind == "bool"}
     while waiting:
-        word = waiting.pop(0)
-        if not word.startswith("--"):  # name is the flag before it
-            raise UsageError(f"'{word}' belongs to no flag; "
-                             + remedy(word, name, values, known))
-        name, equals, text = word[2:].partition("=")
-        name = name.replace("-", "_")
-        off = name.startswith("no_") and name not in flags
-        name = name.removeprefix("no_") if off else name
-        if name not in flags:
-            raise UsageError(f"no flag --{name}{suggest(f'--{name}', known)}")
+        if not waiting[0].startswith("--"):  # name is the flag before it
+            raise UsageError(f"'{waiting[0]}' belongs to no flag; "
+                             + remedy(waiting, name, values, flags))
+        word, equals, text = waiting.pop(0).partition("=")
+        word = "--" + word[2:].replace("-", "_")
+        if word not in known:
+            raise UsageError(f"no flag {word}{suggest(word, known)}")
+        name, on = known[word]
         if name in values:
             raise UsageError(f"--{name} is given twice")
         kind, words = flags[name].kind, [text] * bool(equals)
-        if kind == "bool" and equals:
-            raise UsageError(f"--{name} is a switch: --{name} or --no-{name}")
-        if kind != "bool" and off:
-            raise UsageError(f"--{name} is no switch: it takes a value")
+        if kind == "bool":
+            if equals:
+                raise UsageError(f"--{name} is a switch: --{name} or --no-{name}")
+            values[name] = on
+            continue
         # only -- begins a flag: -10,20 is a value
-        while waiting and not waiting[0].startswith("--") and (
-                kind == "list" or kind != "bool" and not words):
+        while waiting and not waiting[0].startswith("--") and (kind == "list" or not words):
             words.append(waiting.pop(0))
-        if kind != "bool" and (not words or "" in words):
+        if not words or "" in words:
             raise UsageError(f"--{name} needs a value")
-        values[name] = (not off if kind == "bool" else words if kind == "list"
-                        else convert(name, words[0], flags[name]))
+        values[name] = words if kind == "list" else convert(name, words[0], flags[name])
     return values
 
 
-def remedy(word: str, before: str, values: dict, known: list[str]) -> str:
-    """What to write instead of a word that belongs to no flag."""
+def remedy(waiting: list[str], before: str, values: dict, flags: dict[str, Flag]) -> str:
+    """What to write instead of the first of the words, which belongs to no flag."""
+    word, flag = waiting[0], flags.get(before)
     if word.startswith("-"):
-        return "flags begin with --" + suggest(f"-{word}", known)
-    if isinstance(values.get(before), bool) and word.lower() in YES_OR_NO:
+        return "flags begin with --" + suggest(f"-{word}", [f"--{name}" for name in flags])
+    if flag and flag.kind == "bool" and word.lower() in ("true", "false", "yes", "no"):
         return f"--{before} is a switch: --{before} or --no-{before}"
-    for place in ("image", "source", "data"):  # what stands by itself
-        if f"--{place}" in known and place not in values:
-            return f"write --{place} {word}"
-    return "a value that holds spaces needs quotes"
+    hints = [f"--{place} {word}" for place in ("image", "source", "data")
+             if place in flags and place not in values][:1]  # what stands by itself
+    if flag and flag.kind in ("str", "Path") and not flag.choices:  # or a name with spaces
+        words = [str(values[before]), *takewhile(lambda w: not w.startswith("--"), waiting)]
+        hints.insert(0, f'--{before} "{" ".join(words)}"')
+    return f"write {' or '.join(hints)}" if hints else "a flag takes one value"
 
 
 def print_help(name: str | None) -> None:
@@ -151,13 +153,12 @@ def print_help(name: str | None) -> None:
         if flag.group != group:
             print(group := flag.group)
         kind = "|".join(map(str, flag.choices or [flag.kind]))
-        left = f"  --{flag_name} " + {"bool": "", "list": "str ..."}.get(kind, kind)
-        default = "" if flag.default in ("None", "False") else f" [{flag.default}]"
-        default = f" [on; --no-{flag_name}]" if flag.default == "True" else default
-        lines = textwrap.wrap(f"{left:<22}  {flag.help}{default}", 80,
-                              subsequent_indent=" " * 24, break_long_words=False,
-                              break_on_hyphens=False)
-        print("\n".join(lines))
+        kind = {"bool": "", "list": "str ..."}.get(kind, kind)
+        default = {"None": "", "False": "", "True": f" [on; --no-{flag_name}]"}.get(
+            flag.default, f" [{flag.default}]")
+        print(textwrap.fill(f"{f'  --{flag_name} {kind}':<22}  {flag.help}{default}", 80,
+                            subsequent_indent=" " * 24, break_long_words=False,
+                            break_on_hyphens=False))
 
 
 def main(arguments: list[str]) -> int:
@@ -183,27 +184,24 @@ def main(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        text, status = explain(error)
-        if not text or os.environ.get("COLORIZE_TRACEBACK"):
+        # by name: photo imports torch
+        kinds = {kind.__name__ for kind in type(error).__mro__}
+        if kinds & {"UsageError", "ColorizeError"}:
+            text = str(error)
+        elif isinstance(error, ImportError):
+            text = f"{error}; set up the environment first (README.md)"
+        elif isinstance(error, MemoryError) or re.search(NO_MEMORY, str(error)):
+            text = "out of memory; a smaller --size, --batch_size or photograph needs less"
+        elif isinstance(error, OSError):  # a disk or a permission that no command foresaw
+            text = f"{error.filename or 'standard output'}: {error.strerror or error}"
+        else:  # a defect
+            raise
+        if os.environ.get("COLORIZE_TRACEBACK"):
             raise
     # no name of a file or server can move the cursor
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     print(f"error: {text}", file=sys.stderr)
-    return status
-
-
-def explain(error: Exception) -> tuple[str, int]:
-    """An error that the user can mend as one line, "" for a defect; and the exit status."""
-    kinds = {kind.__name__ for kind in type(error).__mro__}  # by name: photo imports torch
-    if kinds & {"UsageError", "ColorizeError"}:
-        return str(error), 2 if kinds & {"UsageError", "FlagError"} else 1
-    if isinstance(error, ImportError):
-        return f"{error}; set up the environment first (README.md)", 1
-    if isinstance(error, MemoryError) or re.search(NO_MEMORY, str(error)):
-        return "out of memory; a smaller --size, --batch_size or photograph needs less", 1
-    if isinstance(error, OSError):  # a disk or a permission that no command foresaw
-        return f"{error.filename or 'standard output'}: {error.strerror or error}", 1
-    return "", 1
+    return 2 if kinds & {"UsageError", "FlagError"} else 1
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from basic_model import load_checkpoint  # noqa: E402
-from colorize_data import ColorizeData, decode_lab  # noqa: E402
+from colorize_data import ColorizeData, decode_lab, prepare  # noqa: E402
 from evaluate import score, summarize  # noqa: E402
 from inference import colorize  # noqa: E402
 from photo import (find_photos, lab_to_image, picture_sheet, read_photo, working_copy)  # noqa: E402
@@ -26,8 +26,7 @@ from train import train  # noqa: E402
 BATCH, SIZE, SCORED = 32, 128, 400
 RUNS = {  # name: flags beside those that all share
     "mse": {}, "l1": {"loss": "l1"}, "huber": {"loss": "huber"},
-    "bins": {"loss": "bins"}, "bins, rebalance 0.5": {"loss": "bins", "rebalance": 0.5},
-    "bins, classes": {"loss": "bins", "class_weight": 1 / 300},
+    "bins": {"loss": "bins"},
     "mse, plain": {"decoder": "plain"},
     "mse, frozen encoder": {"encoder_share": 0.0},
     "mse, seed 1": {"seed": 1}, "mse, seed 2": {"seed": 2},
@@ -54,6 +53,7 @@ def main(data: str, init: str, out: str, steps: str = "1000") -> None:
     limit = int(steps) * BATCH // 3  # three epochs
     print("| setting | parameters, M | photographs/s | PSNR | CIEDE2000 | colour of the truth's |")
     print("|---|---|---|---|---|---|")
+    prepare(Path(data))
     val = ColorizeData([Path(data, "processed", "val.npy")], size=SIZE, limit=SCORED)
     samples = [working_copy(read_photo(path).image, 192)
                for path in find_photos(ROOT / "data" / "input" / "val")]

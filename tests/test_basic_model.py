@@ -19,7 +19,6 @@ from basic_model import (ColorNet, Discriminator, annealed_mean, color_bins,
                          encoder_levels, initialize, load_checkpoint, read_checkpoint,
                          save_checkpoint, soft_encode, starting_checkpoint)
 from photo import ColorizeError, in_gamut
-from train import rarity_weights
 
 
 @functools.cache
@@ -102,14 +101,6 @@ def test_annealed_mean_goes_from_the_mean_to_the_mode():
     assert np.allclose(annealed_mean(logits, bins, 1.0).numpy(), mean, atol=1e-3)
     mode = bins[logits.argmax(dim=1)].permute(0, 3, 1, 2)
     assert torch.allclose(annealed_mean(logits, bins, 1e-3), mode, atol=1e-2)
-
-
-@pytest.mark.parametrize("rebalance", [0.0, 0.5, 1.0])
-def test_rarity_weights_are_one_on_average(rebalance):
-    prior = torch.tensor([0.7, 0.2, 0.09, 0.01])
-    weights = rarity_weights(prior, rebalance)
-    assert (prior * weights).sum() == pytest.approx(1, abs=1e-6)
-    assert (weights.diff() >= 0).all() and (rebalance == 1) == bool((weights == weights[0]).all())
 
 
 def test_discriminator_judges_patches():
