@@ -25,7 +25,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from photo import (FORMATS, MIN_CHROMA, ColorizeError, content_hash, find_photos,
                    lab_to_image, lab_to_linear, ordered_map, picture_sheet, progress,
-                   read_photo, rgb_to_lab, say, survey, write_atomically)
+                   read_photo, rgb_to_lab, say, say_names, write_atomically)
 
 MAX_LIST = 30 << 20     # bytes of a zip's list: 300,000 files of 46 bytes and a name each
 MAX_RATIO = 200         # of all contents to the zip, from 1 MB on; photographs: 1 to 2
@@ -151,9 +151,7 @@ def prepare(data: Path, workers: int | None = None) -> dict:
     data, workers = Path(data), workers or os.cpu_count() or 1
     seen = {}  # sizes and times, to know at a start without reading 9 GB if these are new
     for folder in filter(Path.is_dir, (data / "train", data / "val")):
-        paths, passed_over = survey(folder)
-        say_names("passed over", passed_over)
-        for path in paths:
+        for path in find_photos(folder):
             with contextlib.suppress(OSError):  # gone since it was listed
                 file = path.stat()
                 seen[path.relative_to(data).as_posix()] = [file.st_size, file.st_mtime_ns]
@@ -177,13 +175,6 @@ def prepare(data: Path, workers: int | None = None) -> dict:
         raise ColorizeError(f"no usable photograph below {data / 'train'}; add some with "
                             f"colour, of at least {MIN_SIDE} pixels a side")
     return known["manifests"]
-
-
-def say_names(what: str, names_of: dict[str, list]) -> None:
-    """A line for each reason, with the names of three."""
-    for reason, names in names_of.items():
-        more = ", ..." * (len(names) > 3)
-        say(f"{len(names)} {what}, {reason}: {', '.join(map(str, names[:3]))}{more}")
 
 
 def is_whole(processed: Path, manifests: dict, workers: int) -> bool:

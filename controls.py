@@ -13,7 +13,7 @@ from PIL import Image, ImageColor, ImageFilter
 from torch.nn import functional as F
 
 from photo import (ColorizeError, FlagError, into_gamut, lightness, read_photo, rgb_to_lab,
-                   spread_of, working_copy)
+                   working_copy)
 
 # how far a hint spreads, found by eye on textured photographs
 HINT_SIGMA = 0.02     # difference of lightness (0..1) that counts as an edge; twice leaks
@@ -129,11 +129,16 @@ def read_controls(mood: str | None = None, mean_color: str | None = None,
     if reference is not None:
         small = working_copy(read_photo(Path(reference)).image, 128).convert("RGB")
         ab = rgb_to_lab(np.asarray(small))[..., 1:]
-        target, spread = tuple(ab.mean(axis=(0, 1)).tolist()), spread_of(ab)
+        target, spread = tuple(ab.mean(axis=(0, 1)).tolist()), rms(ab)
     if saturation is None:  # an explicit one overrides a mood's own, which strength scales
         saturation = 1 + strength * (bundle.saturation - 1)
     return Controls(saturation, bundle.shift, target, spread, strength, variant,
                     *read_hints(hints or ""))
+
+
+def rms(ab: np.ndarray) -> float:
+    """Root mean square distance of ab (h, w, 2) from its mean."""
+    return float(np.linalg.norm(ab.std(axis=(0, 1), dtype=np.float64)))
 
 
 # ----------------------------------------------------------------------------- alike places
@@ -282,7 +287,7 @@ def apply_controls(prediction: np.ndarray, L: np.ndarray, colors: np.ndarray | N
         return plain, None
     present = into_gamut(L, plain)
     if controls.spread is not None:  # a reference's: stretched to it, within reason
-        ratio = np.clip(controls.spread / max(spread_of(present), 1e-3), 0.25, 4)
+        ratio = np.clip(controls.spread / max(rms(present), 1e-3), 0.25, 4)
         factor = np.float32(factor * ratio ** controls.strength)
     mean = present.mean(axis=(0, 1))
     goal = mean + np.array(controls.shift) if controls.shift else np.array(controls.target)

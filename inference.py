@@ -23,15 +23,15 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from basic_model import PRETRAINED, ColorNet, choose_device, load_checkpoint, upsample
 from controls import (MOODS, Controls, agree, apply_controls, fixed_dabs, fixed_points,
                       hint_correction, likeness_of, propagate_hints, read_controls, vary)
 from photo import (MADE, VERSION, ColorizeError, FlagError, Photo, check_target,
-                   content_hash, decode_photo, guided_upsampler, into_gamut, lab_to_linear,
-                   lightness, linear_to_srgb, made_with, ordered_map, picture_sheet,
-                   photos_in, printable, progress, read_photo, say, survey, tone_of,
+                   content_hash, decode_photo, find_photos, guided_upsampler, into_gamut,
+                   lab_to_linear, lightness, linear_to_srgb, made_with, ordered_map,
+                   photos_in, picture_sheet, printable, progress, read_photo, say, tone_of,
                    working_copy, write_photo)
 
 STRIP = 1 << 20           # pixels of full resolution in memory at a time
@@ -220,12 +220,8 @@ def plan_outputs(images: list[str], output: Path, downloads: Path, ending: str,
         if not source.is_dir():  # nor need it exist: that is said when it is read
             put(source, output)
             continue
-        found, passed_over = survey(source)
-        for reason, paths in passed_over.items():
-            names = ", ".join(path.name for path in paths[:3]) + ", ..." * (len(paths) > 3)
-            say(f"passed over, {reason}: {len(paths)} ({names})")
         inside = output.resolve()  # results there are not photographs to colour
-        for path in found:
+        for path in find_photos(source):
             below = inside != source.resolve() and inside in path.resolve().parents
             if not below and not made_with(path):  # results may lie beside originals
                 put(path, output / path.relative_to(source).parent)
@@ -289,8 +285,8 @@ def make_picture(job: Job, photo: Photo, deep: bool) -> tuple:
     """The picture of one page that a job asks for, and remarks on it."""
     image, remarks = photo.image, [photo.note]
     if job.invert:  # a negative: of 8 bits or 16
-        pixels = np.asarray(image)
-        image = Image.fromarray(np.iinfo(pixels.dtype).max - pixels)
+        image = ImageOps.invert(image) if image.mode != "I;16" else \
+            Image.fromarray(~np.asarray(image))
     if job.kind == "grid":
         return draw_grid(image), remarks
     if job.kind == "sheet":
@@ -347,7 +343,7 @@ def inference(*, image: list[str] = ("data/input/val",), model: str | None = Non
               device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
               overwrite: bool = False,
               format: Literal["png", "tif", "jpg", "webp"] | None = None,
-              suffix: str = "color", invert: bool = False, max_megapixels: float = 300.0,
+              suffix: str = "color", invert: bool = False, max_megapixels: float = 250.0,
               mood: Literal["warm", "cool", "golden", "moonlight", "vintage", "muted",
                             "vivid", "sepia"] | None = None,
               mean_color: str | None = None, reference: str | None = None,

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 VERSION = "2.0"
 MADE = "Colours added by colorize"  # how the description of a result begins
 MIN_CHROMA = 2.0      # mean chroma under this: a gray photograph teaches gray
-MAX_MEGAPIXELS = 300  # RGBA and its RGB result take 9 bytes a pixel: 2.7 GB
+MAX_MEGAPIXELS = 250  # RGBA and its RGB result take 9 bytes a pixel: 2.3 GB
 MAX_SIDE = 65_500     # libjpeg's own bound; keeps rows short, and strips are whole rows
 MAX_PAGES = 500       # of a TIFF, whose tiny pages cost time, not pixels
 Image.init()
@@ -75,6 +75,13 @@ def say(text: str, result: bool = False) -> None:
         if sys.stderr.isatty():  # a bar stands there; its next item draws it again
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
         print(printable(text), file=sys.stdout if result else sys.stderr, flush=True)
+
+
+def say_names(what: str, names_of: dict[str, list]) -> None:
+    """A line for each reason, with the names of three."""
+    for reason, names in names_of.items():
+        more = ", ..." * (len(names) > 3)
+        say(f"{len(names)} {what}, {reason}: {', '.join(map(str, names[:3]))}{more}")
 
 
 def progress(items, total: int, label: str):
@@ -215,11 +222,6 @@ def lab_to_image(L: np.ndarray, ab: np.ndarray) -> Image.Image:
     return Image.fromarray(np.rint(rgb * 255).astype(np.uint8))
 
 
-def spread_of(ab: np.ndarray) -> float:
-    """Root mean square distance of ab (..., 2) from its mean."""
-    return float(np.sqrt(ab.reshape(-1, 2).var(axis=0, dtype=np.float64).sum()))
-
-
 # -------------------------------------------------------------------------- a photograph in
 
 class Photo(NamedTuple):
@@ -230,8 +232,8 @@ class Photo(NamedTuple):
     note: str                   # what a user should know of the reading, or ""
 
 
-def survey(folder: Path) -> tuple[list[Path], dict[str, list[Path]]]:
-    """Every photograph below a folder, sorted; and by reason what was passed over."""
+def find_photos(folder: Path) -> list[Path]:
+    """Every photograph below a folder, sorted; what is passed over is said, by reason."""
     readable = {suffix for suffix, kind in Image.EXTENSION.items() if kind in FORMATS}
     found, passed_over, waiting = [], {}, [Path(folder)]
     for here in waiting:  # it grows; os.walk calls itself, too deep for 1,000 folders
@@ -249,12 +251,8 @@ def survey(folder: Path) -> tuple[list[Path], dict[str, list[Path]]]:
                 found.append(path)
             elif path.suffix.lower() in UNREADABLE:
                 passed_over.setdefault("format that cannot be read", []).append(path)
-    return sorted(found), passed_over
-
-
-def find_photos(folder: Path) -> list[Path]:
-    """Every photograph below a folder, sorted."""
-    return survey(folder)[0]
+    say_names("passed over", passed_over)
+    return sorted(found)
 
 
 @contextlib.contextmanager

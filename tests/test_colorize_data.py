@@ -281,9 +281,9 @@ def test_of_few_photographs_one_is_for_validation_and_it_can_be_used(tmp_path, s
 
 
 def test_a_photograph_gone_after_it_was_listed_is_left_out(data, monkeypatch):
-    survey, gone = colorize_data.survey, data / "train" / "round" / "1.png"
-    monkeypatch.setattr(colorize_data, "survey",
-                        lambda folder: (survey(folder), gone.unlink(missing_ok=True))[0])
+    find, gone = colorize_data.find_photos, data / "train" / "round" / "1.png"
+    monkeypatch.setattr(colorize_data, "find_photos",
+                        lambda folder: (find(folder), gone.unlink(missing_ok=True))[0])
     train = prepare(data)["train"]
     assert len(train["photographs"]) == 7 and not train["left_out"]
 

@@ -24,7 +24,7 @@ import photo as photo_module
 from conftest import made_photo
 from photo import (FORMATS, ColorizeError, Photo, check_target, find_photos, in_gamut,
                    into_gamut, lab_to_rgb, lightness, made_with, ordered_map, photos_in,
-                   printable, progress, read_photo, rgb_to_lab, say, survey, tone_of,
+                   printable, progress, read_photo, rgb_to_lab, say, tone_of,
                    write_atomically, write_photo)
 
 
@@ -403,7 +403,7 @@ def test_a_photograph_for_training_is_reduced_while_it_is_read(tmp_path):
 
 # ------------------------------------------------------------------------- folders
 
-def test_photographs_are_found_once_at_any_depth_in_any_case_and_script(tmp_path):
+def test_photographs_are_found_once_at_any_depth_in_any_case_and_script(tmp_path, capsys):
     names = ["b.JPG", "a.png", "deep/er/c.TiFf", "写真/сад é.webp", "with space/d.jpeg"]
     others = ["notes.txt", "h.svg", "noextension", ".hidden.png", ".folder/i.png", "movie.mpg"]
     for name in names + others:
@@ -415,12 +415,11 @@ def test_photographs_are_found_once_at_any_depth_in_any_case_and_script(tmp_path
              "z": tmp_path / "deep", "own.png": "own.png"}
     for link, target in links.items():
         (tmp_path / link).symlink_to(target)
-    found, passed_over = survey(tmp_path)
-    assert found == sorted(tmp_path / name for name in names) == find_photos(tmp_path)
-    assert set(passed_over["link"]) == {tmp_path / link for link in links}
+    assert find_photos(tmp_path) == sorted(tmp_path / name for name in names)
+    assert f"{len(links)} passed over, link: {tmp_path}" in capsys.readouterr().err
 
 
-def test_what_is_passed_over_is_told(tmp_path, monkeypatch):
+def test_what_is_passed_over_is_told(tmp_path, monkeypatch, capsys):
     inside, outside = tmp_path / "in", tmp_path / "out"
     for path in (inside / "a.png", inside / "b.HEIC", inside / "c" / "d.nef", outside / "e.png"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -435,12 +434,11 @@ def test_what_is_passed_over_is_told(tmp_path, monkeypatch):
             raise PermissionError(13, "Permission denied", str(path))
         return listdir(path)
     monkeypatch.setattr(os, "listdir", refusing)
-    found, passed_over = survey(inside)
-    assert found == [inside / "a.png"]
-    assert {reason: sorted(paths) for reason, paths in passed_over.items()} == {
-        "format that cannot be read": [inside / "b.HEIC", inside / "c" / "d.nef"],
-        "link": [inside / "folder", inside / "link.png"],
-        "cannot be read: Permission denied": [inside / "locked"]}
+    assert find_photos(inside) == [inside / "a.png"]
+    assert sorted(capsys.readouterr().err.splitlines()) == [
+        f"1 passed over, cannot be read: Permission denied: {inside / 'locked'}",
+        f"2 passed over, format that cannot be read: {inside / 'b.HEIC'}, {inside / 'c' / 'd.nef'}",
+        f"2 passed over, link: {inside / 'folder'}, {inside / 'link.png'}"]
     (tmp_path / "door").symlink_to(inside)  # what the user names is what the user means
     assert find_photos(tmp_path / "door") == [tmp_path / "door" / "a.png"]
 
