@@ -266,6 +266,14 @@ def test_initializing_takes_what_matches(checkpoints, tmp_path, monkeypatch):
     assert start(model, "none") == ("random weights", set())
 
 
+def test_a_changed_byte_among_the_weights_is_noticed(checkpoints, tmp_path):
+    data = bytearray(Path(checkpoints["bins"]).read_bytes())
+    data[len(data) // 2] ^= 0x3F
+    (tmp_path / "changed.tar").write_bytes(data)
+    with pytest.raises(ColorizeError, match="changed.tar: .* damaged"):
+        load_checkpoint(tmp_path / "changed.tar")
+
+
 def test_a_damaged_checkpoint_is_no_start(checkpoints, tmp_path):
     contents = read_checkpoint(checkpoints["bins"])
     del contents["colors"]["saturation"]
