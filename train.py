@@ -351,8 +351,10 @@ class Training:
                     if signal.getsignal(number) != signal.SIG_IGN}
         try:
             if not self.history:  # the start competes: training may not help
-                self.finish_epoch({"epoch": 0, "step": 0} | self.validate())
+                self.history = [{"epoch": 0, "step": 0} | self.validate()]
                 self.save("last.tar")  # a full disk is better found now than after hours
+            if self.step == 0:  # also where a kill came before its best_model.tar
+                self.finish_epoch(self.history.pop())
             for epoch in range(len(self.history) - 1, self.settings["epochs"]):
                 self.run_epoch(epoch)
             self.save("last.tar")
