@@ -294,6 +294,10 @@ def photos_in(path: Path, max_megapixels: float = MAX_MEGAPIXELS, first: bool = 
             if pixels > max_megapixels * 1e6:  # before memory is taken
                 raise ColorizeError(f"{path}: over {max_megapixels:g} megapixels, pages "
                                     "together; reduce it, or raise --max_megapixels")
+            # a bomb: scans have a byte for 100 pixels, or more
+            if pixels > max(5e7, 2000 * os.path.getsize(path)):
+                raise ColorizeError(f"{path}: {pixels / 1e6:.0f} megapixels of next to no "
+                                    "bytes; export it anew if it is a photograph")
             if max(map(max, sizes)) > MAX_SIDE or len(sizes) > MAX_PAGES:
                 raise ColorizeError(f"{path}: over {MAX_SIDE} pixels wide or high, or over "
                                     f"{MAX_PAGES} pages; cut it into pieces")

@@ -320,6 +320,15 @@ def test_only_formats_that_contain_no_others_are_opened():
 
 # ------------------------------------------------------------------------- bounds
 
+def test_a_few_bytes_that_claim_many_pixels_are_refused(tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "x.gif")
+    data = bytearray((tmp_path / "x.gif").read_bytes())
+    data[6:10] = (9000).to_bytes(2, "little") * 2  # the sides of its screen
+    (tmp_path / "x.gif").write_bytes(data)
+    with pytest.raises(ColorizeError, match="x.gif: 81 megapixels of next to no bytes"):
+        read_photo(tmp_path / "x.gif")
+
+
 def test_more_megapixels_than_allowed_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
     big = Image.new("1", (2000, 1000))
     Image.new("1", (8, 1)).save(tmp_path / "x.tif", save_all=True, append_images=[big])
