@@ -25,7 +25,7 @@ HINT_RADIUS = 2.5     # pixels of the disc that a hint fixes, at working resolut
 DAB_CHROMA = 14       # ab units by which a dab differs; JPEG's noise is less
 DAB_LIGHTNESS = 12    # L units by which a gray dab does
 # how alike places are, exp(-d^2/2): lightness, distance over the long side, features of
-# length 1; measured on photographs: wider pales flowers, narrower leaves spots on walls
+# length 1; by measurement: wider pales flowers, narrower leaves spots on walls
 LIKE_L, LIKE_DISTANCE, LIKE_FEATURES = 10.0, 0.4, 0.45
 MAX_PLACES = 4096     # of the likeness matrix: 64 MB
 # a variant tilts each place's colours by about this share of the standard deviation of its
@@ -97,17 +97,16 @@ def read_hints(text: str) -> tuple[tuple, Image.Image | None]:
                 raise OSError
             text = path.read_text(encoding="utf-8-sig").replace("\n", ";")
         except (OSError, ValueError):
-            raise ColorizeError(f"--hints {path}: cannot be read as text; write "
-                                "x,y,#rrggbb in each line") from None
-    hints, points = [], list(filter(str.strip, text.split(";")))
-    if len(points) > MAX_HINTS:
-        raise FlagError(f"--hints: {MAX_HINTS} points are the most; dab on a copy instead")
-    for point in points:
+            raise ColorizeError(f"--hints {path}: is no text of points") from None
+    hints = []
+    for point in filter(str.strip, text.split(";")):
         try:
             x, y, color = point.split(",", 2)
             hints.append((int(x), int(y), *hex_to_ab(color, "--hints")))
         except ValueError:
             raise FlagError(f"--hints '{point.strip()}': write x,y,#rrggbb") from None
+    if len(hints) > MAX_HINTS:
+        raise FlagError(f"--hints: {MAX_HINTS} points are the most; dab on a copy instead")
     return tuple(hints), None
 
 
@@ -122,23 +121,19 @@ def read_controls(mood: str | None = None, mean_color: str | None = None,
         raise FlagError(f"{' and '.join(given)} contradict each other: give one")
     if strength != 1 and not given and not variant:
         raise FlagError(f"--strength is that of --{', --'.join(flags)} or --variant")
-    if mood is not None and mood not in MOODS:
+    if mood not in (None, *MOODS):
         raise FlagError(f"--mood {mood}: choose one of {', '.join(MOODS)}")
-    bundle, spread = MOODS[mood] if mood else Controls(), None
+    bundle, spread = MOODS.get(mood, Controls()), None
     target = None if mean_color is None else read_mean_color(mean_color)
     if reference is not None:
         small = working_copy(read_photo(Path(reference)).image, 128).convert("RGB")
         ab = rgb_to_lab(np.asarray(small))[..., 1:]
-        target, spread = tuple(ab.mean(axis=(0, 1)).tolist()), rms(ab)
+        target = tuple(ab.mean(axis=(0, 1)).tolist())
+        spread = float(np.linalg.norm(ab.std(axis=(0, 1))))  # rms distance from the mean
     if saturation is None:  # an explicit one overrides a mood's own, which strength scales
         saturation = 1 + strength * (bundle.saturation - 1)
     return Controls(saturation, bundle.shift, target, spread, strength, variant,
                     *read_hints(hints or ""))
-
-
-def rms(ab: np.ndarray) -> float:
-    """Root mean square distance of ab (h, w, 2) from its mean."""
-    return float(np.linalg.norm(ab.std(axis=(0, 1), dtype=np.float64)))
 
 
 # ----------------------------------------------------------------------------- alike places
@@ -158,8 +153,7 @@ def likeness_of(L: np.ndarray, levels: list[torch.Tensor]) -> tuple[np.ndarray, 
     cell = max(8.0, np.sqrt(L.size / MAX_PLACES))  # a place is 8 x 8 pixels, or more
     places = tuple(max(int(side / cell), 1) for side in L.shape)
     gray = torch.from_numpy(resize(L[None], places, "area")).flatten()[:, None]     # (P, 1)
-    y, x = torch.meshgrid(*map(torch.arange, places), indexing="ij")
-    where = torch.stack([y, x], dim=-1).reshape(-1, 2) / max(places)             # (P, 2)
+    where = torch.cartesian_prod(*map(torch.arange, places)) / max(places)       # (P, 2)
     exponent = torch.cdist(gray, gray) ** 2 / (2 * LIKE_L ** 2)
     exponent += torch.cdist(where, where) ** 2 / (2 * LIKE_DISTANCE ** 2)
     for level in levels:
@@ -190,8 +184,8 @@ def vary(log_probability: np.ndarray, bins: np.ndarray, likeness: np.ndarray, pl
     tilt lambda . c, measured in each place's own standard deviations. Colours that the
     network finds unlikely stay so.
     """
-    random = np.random.default_rng([controls.variant, 7])
-    field = random.standard_normal((len(likeness), 2), np.float32)
+    field = np.random.default_rng([controls.variant, 7]).standard_normal(
+        (len(likeness), 2), np.float32)
     for _ in range(VARIANT_ROUNDS):
         field = likeness @ field  # each place takes the mean over those like it
         field = (field - field.mean(axis=0)) / max(field.std(), 1e-6)
@@ -221,8 +215,8 @@ def vary(log_probability: np.ndarray, bins: np.ndarray, likeness: np.ndarray, pl
 
 # -------------------------------------------------------------------- mean colour and moods
 
-def tilt(probability: np.ndarray, colors: np.ndarray, target: np.ndarray,
-         start: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+def tilt(probability: np.ndarray, colors: np.ndarray,
+         target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Move the mean colour of distributions by the smallest change in relative entropy.
 
     probability (P, Q), colors (Q, 2), target (2,): p'(q) ~ p(q) exp(lambda . c_q), one
@@ -231,8 +225,7 @@ def tilt(probability: np.ndarray, colors: np.ndarray, target: np.ndarray,
     """
     log_p = torch.from_numpy(probability).double().clamp(min=1e-30).log()
     colors, target = torch.from_numpy(colors).double(), torch.from_numpy(target).double()
-    vector = torch.zeros(2).double() if start is None else torch.tensor(start)
-    vector.requires_grad_(True)
+    vector = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     # 7 to 10 evaluations, where the target can be reached
     optimizer = torch.optim.LBFGS([vector], max_iter=30, tolerance_grad=1e-3,
                                   line_search_fn="strong_wolfe")
@@ -287,21 +280,20 @@ def apply_controls(prediction: np.ndarray, L: np.ndarray, colors: np.ndarray | N
         return plain, None
     present = into_gamut(L, plain)
     if controls.spread is not None:  # a reference's: stretched to it, within reason
-        ratio = np.clip(controls.spread / max(rms(present), 1e-3), 0.25, 4)
+        own = np.linalg.norm(present.std(axis=(0, 1)))
+        ratio = np.clip(controls.spread / max(own, 1e-3), 0.25, 4)
         factor = np.float32(factor * ratio ** controls.strength)
     mean = present.mean(axis=(0, 1))
     goal = mean + np.array(controls.shift) if controls.shift else np.array(controls.target)
     wanted = mean + controls.strength * (goal - mean)
-    if colors is None or factor < 0.3:  # sepia: there is too little colour left to tilt
-        return reach_mean(lambda asked: shift(decode(prediction, factor), L, asked),
-                          L, wanted), wanted
-    flat, vector = prediction.reshape(len(prediction), -1).T, None  # (places, Q)
 
-    def tilted(asked):
-        nonlocal vector  # each round begins where the last one ended
-        moved, vector = tilt(flat, colors * factor, asked, vector)
+    def move(asked):
+        if colors is None or factor < 0.3:  # sepia: there is too little colour to tilt
+            return shift(decode(prediction, factor), L, asked)
+        flat = prediction.reshape(len(prediction), -1).T  # (places, Q)
+        moved, _ = tilt(flat, colors * factor, asked)
         return decode(moved.T.reshape(prediction.shape).astype(np.float32), factor)
-    return reach_mean(tilted, L, wanted), wanted
+    return reach_mean(move, L, wanted), wanted
 
 
 # ------------------------------------------------------------------------------------ hints
@@ -429,10 +421,9 @@ def propagate_hints(L: np.ndarray, ab: np.ndarray, fixed: np.ndarray, wanted: np
 
 
 def hint_correction(image: Image.Image, upsample, hints: tuple, scale: float):
-    """A function that gives each hint's pixel exactly its colour, and what is like it near.
+    """A function that gives hints' pixels exactly their colours, and what is like these.
 
-    scale: pixels of the photograph for one of the network's. Each hint adds a bump, their
-    amounts solved for together (radial basis functions).
+    scale: pixels of the photograph for one of the network's. By radial basis functions.
     """
     if not hints:
         return lambda L, colors, top: None
@@ -440,13 +431,13 @@ def hint_correction(image: Image.Image, upsample, hints: tuple, scale: float):
     now = np.stack([upsample(row, y)[0, x] for row, (x, y, *_) in zip(rows, hints)])
     at = np.array([(x, y, row[0, x]) for row, (x, y, *_) in zip(rows, hints)], np.float64)
     wanted, unlike = np.array([ab for _, _, *ab in hints]), 141 * HINT_SIGMA  # 100 sqrt 2
-    # of all pairs: squared distances in the plane, and in lightness by that of an edge
+    # of all pairs: squared distances in the plane; in lightness, by that of an edge
     apart = ((at[:, None, :2] - at[:, :2]) ** 2).sum(axis=-1)
     steps = ((at[:, None, 2] - at[:, 2]) / unlike) ** 2
     # no wider than to the nearest other: fitted to each other, wide bumps would overshoot
     radius = np.sqrt(apart[apart > 0]).min(initial=HINT_RADIUS * max(scale, 1.0))
     bumps = np.exp(-apart / radius ** 2 - steps)
-    # equal places asked twice: least squares gives them the mean
+    # by least squares: equal places asked twice get the mean
     amounts = np.linalg.lstsq(bumps, wanted - now, rcond=1e-6)[0].astype(np.float32)
 
     def correct(L, colors, top):  # in place; L (rows, W) from row `top` on

@@ -43,7 +43,7 @@ def test_gradient_of_the_tilted_mean_is_the_covariance():
     random = np.random.default_rng(0)
     colors, probability = random.uniform(-80, 80, (40, 2)), random.dirichlet(np.ones(40), 30)
     near, at = tilt(probability, colors, np.array([6.0, -3.0]))
-    far, beyond = tilt(probability, colors, np.array([6.5, -3.2]), at)
+    far, beyond = tilt(probability, colors, np.array([6.5, -3.2]))
     middle = (near + far) / 2
     means = middle @ colors
     covariance = np.einsum("pq,qi,qj->ij", middle, colors, colors) / 30 - means.T @ means / 30
