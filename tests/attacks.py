@@ -254,10 +254,11 @@ def checkpoints(random, n):
 def arrays(random, n):
     """Damaged arrays and odd manifests must be made anew, the same as they were."""
     shutil.copytree(SHARED / "data", "out/data")
-    path = pick(random, sorted(Path("out/data/processed").glob("*.[jn]*")))
+    path = pick(random, sorted(Path("out/data/processed").glob("*[yz]")))
     content = path.read_bytes()
-    if path.suffix == ".json" and n % 2:
-        content = json.dumps(mutated(random, json.loads(content)), default=str).encode()
+    if path.suffix == ".gz" and n % 2:
+        manifests = mutated(random, json.loads(gzip.decompress(content)))
+        content = gzip.compress(json.dumps(manifests, default=str).encode())
     else:
         content = damaged(random, content)
     path.write_bytes(content)
@@ -277,7 +278,7 @@ def archive(members: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> by
 def archives(random, n):
     """Zips: hostile and odd names, bombs, damage; all is taken, or nothing."""
     photos = [saved(made_photo(i, 70, 70)) for i in range(6)]
-    folder, zeros = pick(random, ["train/", "val/", "b/", ""]), bytes(10 ** 7)
+    folder, zeros = pick(random, ["train/", "b/", ""]), bytes(10 ** 7)
     members = {f"{folder}{i}.png": photos[i] for i in range(5)}
     hostile = ["../x.png", "/x.png", "a/../../x.png", "..\\x.png", "C:\\x.png", "\\x.png"]
     odd = ["\x1b[2J.png", "\u00e4" * 120 + ".png", "./c.png", "a//b.png", "TEST/q.png",
