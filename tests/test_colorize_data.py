@@ -1,6 +1,7 @@
 """Arrays and batches, old photographs, the data command; references: scikit-image, numpy."""
 
 import gzip
+import json
 import itertools
 import os
 import pickle
@@ -261,6 +262,16 @@ def test_an_odd_manifest_is_made_anew(data, content):
     whole = bytearray(path.read_bytes())
     whole[len(whole) // 2] ^= 1
     path.write_bytes(whole if content is None else content)
+    assert prepare(data) == built
+
+
+@pytest.mark.parametrize("key, value", [("photographs", 5), ("photographs", [[1]]),
+                                        ("left_out", 3), ("left_out", {"odd": [4]})])
+def test_a_manifest_with_an_odd_value_is_made_anew(data, key, value):
+    built, path = prepare(data), data / "processed" / "manifests.json.gz"
+    known = json.loads(gzip.decompress(path.read_bytes()))
+    known["manifests"]["train"][key] = value
+    path.write_bytes(gzip.compress(json.dumps(known).encode()))
     assert prepare(data) == built
 
 
