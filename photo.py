@@ -330,9 +330,18 @@ def decode_photo(image: Image.Image, free: bool = False) -> Photo:
     deep = ";16" in layout.replace("BGR;16", "") or "65535" in layout
     if "args=('R'," in layout and max(image.tag_v2[TAG.BitsPerSample]) > 8:
         raise ValueError("planes of a TIFF, of which Pillow takes 16 bits for 2 pixels")
+    # GIF, WebP, PNG, AVIF; the others have pages, or layers that are one picture
+    animated = image.format in ("GIF", "WEBP", "PNG", "AVIF") and image.is_animated
+    if animated:
+        image.seek(0)
     image.load()
+    white_is_zero = image.format == "TIFF" and image.mode.startswith("I;16") and \
+        image.tag_v2.get(TAG.PhotometricInterpretation) == 0
     dpi, profile = image.info.get("dpi"), image.info.get("icc_profile")
     source, (image, exif) = image, upright(image)
+    if white_is_zero:  # Pillow turns such scans of 8 bits, but not of 16
+        top = 2 ** max(source.tag_v2[TAG.BitsPerSample]) - 1
+        image = Image.fromarray((top - np.asarray(image)).astype(np.uint16))
     if free:
         source.im = None  # or there were 13 bytes for each pixel
     alpha = None
@@ -340,10 +349,10 @@ def decode_photo(image: Image.Image, free: bool = False) -> Photo:
         image = image.convert("LA" if image.mode in ("1", "L", "LA", "La") else "RGBA")
         image, alpha = image.convert(image.mode[:-1]), image.getchannel("A")
     image, note = to_srgb(image, profile)
-    if deep and image.mode != "I;16":
-        note = "; ".join(filter(None, ["16-bit colour was read as 8-bit", note]))
+    notes = ["16-bit colour was read as 8-bit"] * (deep and image.mode != "I;16")
+    notes += ["the first picture of an animation"] * animated + [note] * bool(note)
     info = {"exif": exif, "dpi": dpi if dpi and all(1 < x < 65536 for x in dpi) else None}
-    return Photo(image, alpha, info, note)
+    return Photo(image, alpha, info, "; ".join(notes))
 
 
 def upright(image: Image.Image) -> tuple[Image.Image, bytes]:
@@ -358,8 +367,11 @@ def upright(image: Image.Image) -> tuple[Image.Image, bytes]:
         # tifffile, OME and ImageJ write there for themselves how the pixels lie
         if str(exif.get(TAG.ImageDescription)).startswith(('{"', "<?xml", "ImageJ=")):
             del exif[TAG.ImageDescription]
+        if len(exif.tobytes()) > 60_000:  # a JPEG holds 64 kB; most is the maker's note
+            exif.get_ifd(ExifTags.IFD.Exif).pop(TAG.MakerNote, None)
         data = exif.tobytes()
-        return image, data if len(data) < 60_000 else b""  # a JPEG holds 64 kB
+        Image.Exif().load(data)  # raises here what would be raised in writing
+        return image, data if len(data) <= 60_000 else b""
     except Exception:  # a damaged block ends in many kinds; the pixels matter
         return image.copy(), b""
 
@@ -424,8 +436,10 @@ def made_with(path: Path) -> str:
     with contextlib.suppress(ColorizeError), opened(path) as image:
         # in search of EXIF that a PNG has not, Pillow would decode it all
         if "exif" in image.info or image.format == "TIFF":
-            words = str(image.getexif().get(TAG.ImageDescription))
-            return "".join(words.partition(MADE)[1:])
+            exif = image.getexif()
+            # another program that retouched a result has put its own name there
+            if str(exif.get(TAG.Software)).startswith("colorize "):
+                return "".join(str(exif.get(TAG.ImageDescription)).partition(MADE)[1:])
     return ""
 
 

@@ -320,6 +320,35 @@ def test_only_formats_that_contain_no_others_are_opened():
 
 # ------------------------------------------------------------------------- bounds
 
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_16_bit_scans_whose_zero_is_white_are_turned(tmp_path, compression):
+    ramp = np.linspace(0, 65535, 48 * 64).reshape(48, 64).astype(np.uint16)
+    tifffile.imwrite(tmp_path / "x.tif", ramp, photometric="miniswhite", compression=compression)
+    assert (np.asarray(read_photo(tmp_path / "x.tif").image) == 65535 - ramp).all()
+
+
+def test_of_an_animation_the_first_picture_is_read_and_that_is_said(tmp_path):
+    first, second = Image.new("L", (32, 32), 9), Image.new("L", (32, 32), 99)
+    for name in ("x.gif", "x.webp", "x.png"):
+        first.save(tmp_path / name, save_all=True, append_images=[second])
+        photo = read_photo(tmp_path / name)
+        assert np.asarray(photo.image.convert("L"))[5, 5] == pytest.approx(9, abs=2)
+        assert photo.note == "the first picture of an animation"
+        first.save(tmp_path / name)
+        assert read_photo(tmp_path / name).note == ""
+
+
+def test_a_result_that_another_program_has_changed_is_no_result(tmp_path):
+    photo = Photo(Image.new("RGB", (8, 8)), None, {"exif": b"", "dpi": None}, "")
+    write_photo(tmp_path / "x.png", [photo.image], photo, MADE)
+    assert made_with(tmp_path / "x.png") == MADE
+    image = Image.open(tmp_path / "x.png")
+    exif = image.getexif()
+    exif[ExifTags.Base.Software] = "GIMP 2.10"
+    image.save(tmp_path / "y.png", exif=exif)
+    assert made_with(tmp_path / "y.png") == ""
+
+
 def test_a_few_bytes_that_claim_many_pixels_are_refused(tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "x.gif")
     data = bytearray((tmp_path / "x.gif").read_bytes())
