@@ -66,12 +66,15 @@ def photographs(source: Path, free: int) -> list:
                 raise ValueError(f"{name} leads out of the folder, or is packed oddly")
             # macOS adds a file "._NAME" to each
             is_photo = Image.EXTENSION.get(name.suffix.lower()) in FORMATS
-            if is_photo and info.file_size and name.name[0] != ".":
+            hidden = any(part[0] == "." for part in name.parts)
+            if is_photo and info.file_size and not hidden:
                 found.append((Path(name.as_posix()), partial(archive.open, info)))
         if total > most:
             raise ValueError(f"{total >> 20} MB: more than photographs have, or is free")
-        if damaged := archive.testzip():  # which reads all
-            raise ValueError(f"{damaged} is damaged")
+        for _, opened in found:  # to the end, where its CRC is checked
+            with opened() as stream:
+                while stream.read(1 << 20):
+                    pass
     except Exception as error:  # zipfile raises many kinds on hostile files
         raise ColorizeError(f"--source {source}: no zip, or damaged, encrypted or hostile "
                             f"({str(error)[:200]}); nothing was taken; unpack it yourself "
@@ -113,7 +116,8 @@ def import_photo(opened, name: Path, top: Path, data: Path, val_fraction: float)
     except OSError:  # gone since it was listed, or not ours to read
         return "unreadable"
     split = "val" if in_validation(digest, val_fraction) else "train"
-    folders = [folder.lower() for folder in name.parts[:-1]]
+    # above what holds all, or right below: elsewhere it may be a class of that name
+    folders = [folder.lower() for folder in name.parts[:-1][:len(top.parts) + 1]]
     start = next((n for n, folder in enumerate(folders) if folder in SPLITS), None)
     if start is None:
         name = name.relative_to(top)
@@ -165,9 +169,10 @@ def prepare(data: Path, workers: int | None = None) -> dict:
     with contextlib.suppress(OSError, EOFError, ValueError, TypeError, zlib.error):
         known = dict(json.loads(gzip.decompress(book.read_bytes())))
     made_of = [ARRAY_FORMAT, SIDE, seen]  # which the arrays must be
-    if known.get("made_of") != made_of or not is_whole(book.parent, known["manifests"],
-                                                       workers):
-        say(f"{book.parent}: missing, of other photographs or damaged; building the arrays")
+    if known.get("made_of") != made_of or not is_whole(
+            book.parent, known.get("manifests"), workers):
+        why = "of other photographs or damaged" if book.exists() else "not built yet"
+        say(f"{book.parent}: {why}; building the arrays")
         book.unlink(missing_ok=True)  # a killed build never looks finished
         known = {"made_of": made_of, "manifests": build_arrays(data, [*seen], workers)}
         packed = gzip.compress(json.dumps(known).encode())

@@ -176,9 +176,9 @@ def agree(values: np.ndarray, likeness: np.ndarray, places: tuple) -> np.ndarray
 
 # --------------------------------------------------------------------------------- variants
 
-def vary(log_probability: np.ndarray, bins: np.ndarray, likeness: np.ndarray, places: tuple,
+def vary(logits: np.ndarray, bins: np.ndarray, likeness: np.ndarray, places: tuple,
          temperature: float, controls: Controls) -> np.ndarray:
-    """Another plausible colouring: log-probabilities (Q, h, w) with whole objects tilted.
+    """Another plausible colouring: logits (Q, h, w) with whole objects tilted.
 
     A random field in R^2 over the places, made alike where places are alike, is added as a
     tilt lambda . c, measured in each place's own standard deviations. Colours that the
@@ -189,10 +189,10 @@ def vary(log_probability: np.ndarray, bins: np.ndarray, likeness: np.ndarray, pl
     for _ in range(VARIANT_ROUNDS):
         field = likeness @ field  # each place takes the mean over those like it
         field = (field - field.mean(axis=0)) / max(field.std(), 1e-6)
-    shape = log_probability.shape[1:]
+    shape = logits.shape[1:]
     field = resize(field.T.reshape(2, *places), shape)  # a direction in ab at each place
     # the spread of ab of the distribution that makes the colour, at each place
-    annealed = np.exp((log_probability - log_probability.max(axis=0)) / temperature)
+    annealed = np.exp((logits - logits.max(axis=0)) / temperature)
     annealed /= annealed.sum(axis=0)
     mean = np.einsum("qhw,qc->chw", annealed, bins)      # (2, h, w)
     square = np.einsum("qhw,q->hw", annealed, (bins ** 2).sum(axis=1))
@@ -206,10 +206,10 @@ def vary(log_probability: np.ndarray, bins: np.ndarray, likeness: np.ndarray, pl
     gain = resize((likeness @ gain).reshape(1, *places), shape)[0]
     gain = np.minimum(gain, free / VARIANT_CERTAIN)
     by = controls.strength * VARIANT_TILT * gain * np.clip(field, -2, 2)
-    tilted = log_probability + temperature * np.einsum("chw,qc->qhw", by, bins)
+    tilted = logits + temperature * np.einsum("chw,qc->qhw", by, bins)
     # colours under 5 % of the likeliest are not what a tilt may bring up
-    likely = log_probability > log_probability.max(axis=0) - 3
-    unlikely = log_probability - 20 * controls.strength * free  # as they were where certain
+    likely = logits > logits.max(axis=0) - 3
+    unlikely = logits - 20 * controls.strength * free  # as they were where certain
     return np.where(likely, tilted, unlikely).astype(np.float32)
 
 
@@ -233,8 +233,10 @@ def tilt(probability: np.ndarray, colors: np.ndarray,
     def value():
         optimizer.zero_grad()  # the gradient comes by backward, by autograd
         partition = torch.logsumexp(log_p + colors @ vector, dim=1).mean()
-        (partition - vector @ target).backward()
-        return partition.detach() - vector.detach() @ target
+        # the last term keeps lambda under 0.4, where no tilt reaches the target
+        result = partition - vector @ target + 500 * (vector @ vector) ** 2
+        result.backward()
+        return result.detach()
     optimizer.step(value)
     vector = vector.detach()
     return torch.softmax(log_p + colors @ vector, dim=1).numpy(), vector.numpy()

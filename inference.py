@@ -10,6 +10,7 @@
 L of the photograph is kept to rounding; the network only adds ab.
 """
 
+import os
 import tempfile
 import time
 import urllib.parse
@@ -175,6 +176,8 @@ def download(url: str, folder: Path) -> Path:
     def fetch():
         try:
             with urllib.request.urlopen(url, timeout=30) as response:
+                if not response.url.startswith("http"):  # after redirections
+                    raise ValueError("it leads to something else than http")
                 content.set_result(response.read(MAX_DOWNLOAD + 1))
         except Exception as error:
             content.set_exception(error)
@@ -188,6 +191,7 @@ def download(url: str, folder: Path) -> Path:
         # a folder for each: two addresses may end in one name
         path = Path(tempfile.mkdtemp(dir=folder)) / (name or "photograph")
         path.write_bytes(got)
+        os.utime(path, (0, 0))  # older than any result: what is there stays
     except Exception as error:  # what servers do ends in many kinds
         reason = printable(getattr(error, "reason", error))[:200] or "it takes too long"
         raise ColorizeError(f"{url}: cannot be fetched ({reason}); download it "
@@ -275,7 +279,8 @@ def color_file(job: Job, pair: tuple[Path, Path]) -> str | ColorizeError:
         return error
     # each remark once, however many pages it is true of
     remarks = [remark for page in remarks for remark in page] + [lost]
-    remarks += ["in place of one made with other settings"] * bool(there)
+    if there not in ("", job.description):
+        remarks.append("in place of one made with other settings")
     width, height = photos[0].image.size
     line = f"{source} -> {target} ({width}x{height}, {time.monotonic() - start:.1f} s)"
     return "; ".join([line] + [remark for remark in dict.fromkeys(remarks) if remark])
@@ -306,7 +311,9 @@ def make_picture(job: Job, photo: Photo, deep: bool) -> tuple:
     if job.kind == "compare":
         L = prediction.L  # its gray is that of the result, bit for bit
         gray, _ = render(image, L, np.zeros((*L.shape, 2), np.float32))
-        picture = Image.fromarray(np.hstack([gray, picture]))
+        both = gray.crop((0, 0, 2 * image.width, image.height))  # room on its right
+        both.paste(picture, (image.width, 0))
+        picture = both
     elif photo.alpha is not None and not deep:
         picture.putalpha(photo.alpha)
     return picture, remarks
@@ -414,7 +421,7 @@ def run_plan(job: Job, plan: list[tuple[Path, Path]]) -> None:
     failed, there = [], 0  # one bad scan does not stop the others
     # two threads: one photograph is read or written while the network works on another
     results = ordered_map(partial(color_file, job), plan, 2, window=2)
-    for (source, _), line in zip(plan, progress(results, len(plan), "photographs")):
+    for line, (source, _) in zip(progress(results, len(plan), "photographs"), plan):
         if isinstance(line, ColorizeError):
             if len(plan) == 1:  # its own error is the command's
                 raise line

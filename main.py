@@ -167,7 +167,7 @@ def main(arguments: list[str]) -> int:
     if name in ("--help", "-h", "help"):
         name, rest = rest[0] if rest else None, ["--help"]
     try:
-        if name and name not in COMMANDS:
+        if name is not None and name not in COMMANDS:
             raise UsageError(f"no command '{name}'{suggest(name, COMMANDS)}; "
                              f"choose {', '.join(COMMANDS)}")
         if {"--help", "-h"} & set(rest):

@@ -1,4 +1,4 @@
-"""Photographs in and out of files, Lab and gamut, edges, picture sheets; errors, progress.
+"""Photographs in and out of files, ICC, EXIF; Lab, gamut, edges; sheets; errors, progress.
 
 Units: L is 0..100, ab are CIE units, Lab is of sRGB under D65 and the 2-degree observer.
 """
@@ -36,7 +36,8 @@ Image.core.set_block_size(64 << 20)  # over 32 MB, where malloc gives back what 
 # none of these opens another file inside itself, as IPTC does an EPS, which is a program
 FORMATS = "JPEG PNG TIFF WEBP AVIF GIF BMP PPM JPEG2000 TGA PSD".split()
 # photographs that are named where they are passed over; other files, such as notes, are not
-UNREADABLE = ".heic .heif .dng .nef .cr2 .cr3 .arw .orf .raf .rw2 .jxl .pdf .eps".split()
+UNREADABLE = (".heic .heif .dng .nef .cr2 .cr3 .arw .orf .raf .rw2 .jxl .pdf .eps "
+              ".zip .rar .7z").split()
 # what is written: the longest side it can hold, and how; full chroma: colour was added
 WRITABLE = {"PNG": (2**31, {}), "TIFF": (2**31, {}), "WEBP": (16_383, {"lossless": True}),
             "JPEG": (65_500, {"quality": 95, "subsampling": 0}),
@@ -263,15 +264,15 @@ def opened(path: Path):
             raise OSError(0, "it is a folder, a pipe or a device")
         with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
             yield image
-    except ColorizeError:
-        raise
+    except ColorizeError as error:
+        raise ColorizeError(f"{path}: {error}".replace(f"{path}: {path}: ", f"{path}: ", 1))
     except Exception as error:  # Pillow's readers raise many kinds on hostile files
         reason, remedy = getattr(error, "strerror", ""), "check the path"
         if isinstance(error, MemoryError):
             reason, remedy = "not enough memory to decode it", "reduce it first"
         elif not reason:  # of Pillow, not of the system
             reason = "it is damaged, cut off, or none of " + ", ".join(FORMATS)
-            remedy = "copy it again, or export it as PNG or JPEG"
+            remedy = "copy it again, unpack it, or export it as PNG or JPEG"
         raise ColorizeError(f"{path}: cannot be read ({reason}); {remedy}") from None
 
 
@@ -329,11 +330,12 @@ def decode_photo(image: Image.Image, free: bool = False) -> Photo:
     layout = str(getattr(image, "tile", [])[:1])  # of the file; gone once it is loaded
     deep = ";16" in layout.replace("BGR;16", "") or "65535" in layout
     if "args=('R'," in layout and max(image.tag_v2[TAG.BitsPerSample]) > 8:
-        raise ValueError("planes of a TIFF, of which Pillow takes 16 bits for 2 pixels")
+        # Pillow takes 16 bits for two pixels there
+        raise ColorizeError("its 16-bit colours lie in planes; export it interleaved")
     # GIF, WebP, PNG, AVIF; the others have pages, or layers that are one picture
     animated = image.format in ("GIF", "WEBP", "PNG", "AVIF") and image.is_animated
-    if animated:
-        image.seek(0)
+    if animated and free:
+        image.seek(0)  # to ask how many there are has moved it
     image.load()
     white_is_zero = image.format == "TIFF" and image.mode.startswith("I;16") and \
         image.tag_v2.get(TAG.PhotometricInterpretation) == 0
@@ -382,7 +384,8 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, str
     if image.mode in ("F", "I", "I;16B", "I;16L", "I;16N"):
         low, high = image.convert("I").getextrema()
         if image.mode == "F" or low < 0 or high > 65535:
-            raise ValueError("nothing says which of its values are black and white")
+            raise ColorizeError("nothing says which of its values are black and white; "
+                                "export it as 8 or 16 bits")
         image = image.convert("I").convert("I;16")
     elif image.mode not in ("L", "RGB", "CMYK", "I;16"):
         image = image.convert("L" if image.mode == "1" else "RGB")

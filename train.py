@@ -46,7 +46,7 @@ SAVE_SECONDS = 300  # between two writes of last.tar, of hundreds of megabytes
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
            if hasattr(signal, name)]
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # torchrun starts so many processes, ranks,
-RANK = int(os.environ["RANK"]) if WORLD > 1 else 0  # and numbers them
+RANK = int(os.environ.get("RANK", 0))  # and numbers them
 
 
 # ------------------------------------------------------------------------------- objectives
@@ -75,7 +75,7 @@ def cross_entropy(bins: torch.Tensor):
 
 
 # of the model: loss(model, output, true ab (N, 2, H, W)), and the factor by which it is
-# reported, from ab/110 to ab units. A new --loss is an entry here and nothing else
+# reported, from ab/110 (as are thresholds) to ab units. A new --loss is one entry here
 OBJECTIVES = {
     "mse": lambda model: regression(nn.MSELoss(), 2),
     "l1": lambda model: regression(nn.L1Loss(), 1),
@@ -190,7 +190,7 @@ class Training:
             self.model.encoder.eval()  # its batch norms know more photographs than these
         if s["encoder_share"] == 0:  # no gradients for it either: a step is a fifth faster
             self.model.encoder.requires_grad_(False)
-        # with bf16, 2.3 times as fast as float32 and channels first (README)
+        # convolutions are faster so, on CPUs and on GPUs
         self.model.to(self.device, memory_format=torch.channels_last)
         self.ema = AveragedModel(self.model, multi_avg_fn=ema_update)  # copies the buffers
         self.objective, self.unit = OBJECTIVES[s["loss"]](self.model)
@@ -236,6 +236,7 @@ class Training:
         rate = learning_rate(self.step, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * self.settings["lr"] * group["scale"]
+        torch.manual_seed(self.settings["seed"] + self.step)  # of layers that are dropped
         # bf16 in the network alone; losses are float32
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             output = self.parallel(L)  # ab, or logits of bins
@@ -285,8 +286,9 @@ class Training:
             judged = self.judge(L, made).float()
         self.judge.requires_grad_(True)
         # d_real near 1 and d_fake near 0: it wins, and no longer teaches
-        real, fake = real.sigmoid().mean(), fake.sigmoid().mean()
-        return F.softplus(-judged).mean(), {"d_loss": loss, "d_real": real, "d_fake": fake}
+        real, fake = (x.detach().sigmoid().mean() for x in (real, fake))
+        measured = {"d_loss": loss.detach(), "d_real": real, "d_fake": fake}
+        return F.softplus(-judged).mean(), measured
 
     @torch.no_grad()
     def validate(self) -> dict:
@@ -376,6 +378,7 @@ class Training:
             if stop or time.monotonic() - self.saved >= SAVE_SECONDS:
                 self.save("last.tar")
             if stop:
+                all_ranks(0)  # none leaves before the first one has saved
                 say(f"stopped at step {self.step}; go on with --resume auto")
                 raise SystemExit(128 + stop)  # as a shell counts signals
         speed = {"images_per_second": seen / max(time.monotonic() - began, 1e-9)}
@@ -469,7 +472,7 @@ def resume_training(path: Path, flags: dict, device: torch.device) -> Training:
             longer = name == "epochs" and value > old[name]
             if value != old[name] and not longer and name not in ("data", "out", "device"):
                 raise ColorizeError(f"--resume {path}: trained with {name} {old[name]}, "
-                                    f"not {value}; or start with --init {path}")
+                                    f"not {value}: leave that out, or start with --init")
         settings = {name: old[name] for name in flags} | given | {"out": str(path.parent)}
         training = Training(settings, start, device, resumed=True)
         if start["training"]["fingerprint"] != training.fingerprint:

@@ -185,7 +185,7 @@ def test_alpha_is_carried_byte_by_byte(run, tmp_path, mode):
 
 
 @pytest.mark.parametrize("ending, kind", [(".png", "PNG"), (".jpg", "JPEG"), (".JPEG", "JPEG"),
-                                          (".tif", "TIFF"), (".webp", "WEBP"), (".bmp", "BMP")])
+                                          (".tif", "TIFF"), (".webp", "WEBP")])
 def test_the_extension_of_output_is_its_format(run, tmp_path, ending, kind):
     gray_photo().save(tmp_path / "a.png", dpi=(300, 300))
     run(tmp_path / "a.png", tmp_path / f"out{ending}")
