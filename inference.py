@@ -35,7 +35,7 @@ from photo import (MADE, VERSION, ColorizeError, FlagError, Photo, check_target,
                    photos_in, picture_sheet, printable, progress, read_photo, say, tone_of,
                    working_copy, write_photo)
 
-STRIP = 1 << 20           # pixels of full resolution in memory at a time
+STRIP = 1 << 19           # pixels of full resolution in memory at a time
 MAX_DOWNLOAD = 200 << 20  # bytes
 DEADLINE = 45             # seconds for a download, all of it
 ENLARGE = 2.0             # at most, of photographs smaller than the working size
