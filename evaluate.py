@@ -286,7 +286,7 @@ def draw_evaluation(path: Path, results: list, methods: dict) -> None:
         picture, _ = scored_copy(source)  # read again: all together would not fit
         tiles += [methods[name](picture) for name in names] + [picture]
         # the end of a name tells most; 32 letters fill a tile
-        captions += ["{} {:.3g}".format(printable(name).removesuffix(".tar")[-16:],
+        captions += ["{} {:.3g}".format(printable(name).removesuffix(".tar")[-22:],
                                         summarize([scores[name]])[error][0])
                      for name in names] + [printable(source.name)[:32]]
     columns = (len(names) + 1) * (2 if len(names) < 3 else 1)  # one or two photographs
