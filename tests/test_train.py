@@ -403,6 +403,8 @@ def stop_at(step, monkeypatch, number=signal.SIGTERM):
         if self.step == step:
             os.kill(os.getpid(), number)
     monkeypatch.setattr(Training, "train_step", interrupted)
+    # where the tests run under nohup, hang-ups are ignored, which training would respect
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)
 
 
 @pytest.mark.parametrize("step, number", [(1, signal.SIGTERM), (3, signal.SIGUSR1),
