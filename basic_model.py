@@ -118,7 +118,7 @@ class ColorNet(nn.Module):
     """Encoder, decoder and head of a colorizer; its arguments are CHOICES.
 
     decoder: unet joins the encoder's skips, plain does not. stages: 2, 3, 4, the encoder
-    ends at stride 8, 16, 32. classes: of scenes, to tell besides. colors: bins (Q, 2),
+    ends at stride 8, 16, 32. classes: of scenes, told in training. colors: bins (Q, 2),
     prior (Q,), temperature and saturation of a bins head; else a grid with an even prior.
     """
 
@@ -159,6 +159,7 @@ class ColorNet(nn.Module):
         nn.init.zeros_(self.head.bias)  # an ab head starts gray, a bins head at the prior
         if head == "bins":
             self.head.bias.data.copy_(self.prior.clamp(min=1e-6).log())
+        # of the shipped network's training, which told scenes besides; kept to be read
         self.scenes = nn.Linear(channels, classes) if classes else None
         # ImageNet's, since the encoder was trained with them
         for name, rgb in (("mean", [0.485, 0.456, 0.406]), ("std", [0.229, 0.224, 0.225])):
@@ -190,14 +191,9 @@ class ColorNet(nn.Module):
             output = upsample(output, quarter)
         return output[..., :-(-height // 4), :-(-width // 4)]
 
-    def forward(self, L: torch.Tensor, with_scenes: bool = False):
+    def forward(self, L: torch.Tensor) -> torch.Tensor:
         """L (N, 1, H, W) to ab (N, 2, H, W) or logits (N, Q, ceil(H/4), ceil(W/4))."""
-        levels = self.encode(L)
-        output = self.color(levels, L.shape[-2:])
-        if not with_scenes:
-            return output
-        # and the logits (N, classes), or None
-        return output, self.scenes and self.scenes(levels[-1].mean(dim=(2, 3)))
+        return self.color(self.encode(L), L.shape[-2:])
 
     def decode(self, output: torch.Tensor, size) -> torch.Tensor:
         """forward's output to ab in CIE units (N, 2, *size), float32."""

@@ -1,4 +1,4 @@
-"""What moves colours after the network: variants, moods, mean colour, reference, hints.
+"""What moves colours after the network: likeness, variants, moods, reference, hints.
 
 All act on the prediction at working resolution, before it is brought to full size: on the
 distribution over colours where the network gives one (bins), else on ab itself.
@@ -20,14 +20,13 @@ HINT_SIGMA = 0.02     # difference of lightness (0..1) that counts as an edge; t
 HINT_PULL = 3e-3      # of a place to what it should be: colours blend over some 20 pixels
 HINT_LIKE = 0.05, 0.1  # likeness to a hint from which, and at which, a place belongs
 HINT_UNLIKE = 20.0    # deviation in L from its hint that a pixel of an object may have
-MAX_HINTS = 200       # points: each costs time
 HINT_RADIUS = 2.5     # pixels of the disc that a hint fixes, at working resolution
 DAB_CHROMA = 14       # ab units by which a dab differs; JPEG's noise is less
 DAB_LIGHTNESS = 12    # L units by which a gray dab does
 # how alike places are, exp(-d^2/2): lightness, distance over the long side, features of
 # length 1; by measurement: wider pales flowers, narrower leaves spots on walls
 LIKE_L, LIKE_DISTANCE, LIKE_FEATURES = 10.0, 0.4, 0.45
-MAX_PLACES = 4096     # of the likeness matrix: 64 MB
+MAX_HINTS, MAX_PLACES = 200, 4096  # points cost time; a likeness matrix has 64 MB
 # a variant tilts each place's colours by about this share of the standard deviation of its
 # own distribution, not at all where that is under 6 ab units: skin, sky, grass are known
 VARIANT_TILT, VARIANT_CERTAIN, VARIANT_OPEN = 0.7, 6.0, 14.0
@@ -236,7 +235,7 @@ def tilt(probability: np.ndarray, colors: np.ndarray,
         # the last term keeps lambda under 0.4, where no tilt reaches the target
         result = partition - vector @ target + 500 * (vector @ vector) ** 2
         result.backward()
-        return result.detach()
+        return result
     optimizer.step(value)
     vector = vector.detach()
     return torch.softmax(log_p + colors @ vector, dim=1).numpy(), vector.numpy()
@@ -292,8 +291,7 @@ def apply_controls(prediction: np.ndarray, L: np.ndarray, colors: np.ndarray | N
     def move(asked):
         if colors is None or factor < 0.3:  # sepia: there is too little colour to tilt
             return shift(decode(prediction, factor), L, asked)
-        flat = prediction.reshape(len(prediction), -1).T  # (places, Q)
-        moved, _ = tilt(flat, colors * factor, asked)
+        moved, _ = tilt(prediction.reshape(len(prediction), -1).T, colors * factor, asked)
         return decode(moved.T.reshape(prediction.shape).astype(np.float32), factor)
     return reach_mean(move, L, wanted), wanted
 

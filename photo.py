@@ -265,7 +265,7 @@ def opened(path: Path):
         with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
             yield image
     except ColorizeError as error:
-        raise ColorizeError(f"{path}: {error}".replace(f"{path}: {path}: ", f"{path}: ", 1))
+        raise ColorizeError(f"{path}: {error}") from None
     except Exception as error:  # Pillow's readers raise many kinds on hostile files
         reason, remedy = getattr(error, "strerror", ""), "check the path"
         if isinstance(error, MemoryError):
@@ -293,14 +293,14 @@ def photos_in(path: Path, max_megapixels: float = MAX_MEGAPIXELS, first: bool = 
                     sizes.append(image.size)
             pixels = sum(width * height for width, height in sizes)
             if pixels > max_megapixels * 1e6:  # before memory is taken
-                raise ColorizeError(f"{path}: over {max_megapixels:g} megapixels, pages "
-                                    "together; reduce it, or raise --max_megapixels")
+                raise ColorizeError(f"over {max_megapixels:g} megapixels, pages together; "
+                                    "reduce it, or raise --max_megapixels")
             # a bomb: scans have a byte for 100 pixels, or more
             if pixels > max(5e7, 2000 * os.path.getsize(path)):
-                raise ColorizeError(f"{path}: {pixels / 1e6:.0f} megapixels of next to no "
-                                    "bytes; export it anew if it is a photograph")
+                raise ColorizeError(f"{pixels / 1e6:.0f} megapixels of next to no bytes; "
+                                    "export it anew if it is a photograph")
             if max(map(max, sizes)) > MAX_SIDE or len(sizes) > MAX_PAGES:
-                raise ColorizeError(f"{path}: over {MAX_SIDE} pixels wide or high, or over "
+                raise ColorizeError(f"over {MAX_SIDE} pixels wide or high, or over "
                                     f"{MAX_PAGES} pages; cut it into pieces")
             share = min(int(pixels / 1e6) + 1, MAX_MEGAPIXELS)  # a larger one is alone
             with ASKING:  # one at a time: two with half of theirs each would wait for ever

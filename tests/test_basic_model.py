@@ -43,11 +43,11 @@ def test_any_size_gives_ab_at_its_resolution_and_bins_at_a_quarter(encoder, heig
     *itertools.product(["resnet18"], ["unet", "plain"], ["ab", "bins"]),
     ("vgg16_bn", "unet", "ab"), ("resnet50", "unet", "bins"), ("mobilenet_v2", "plain", "ab")])
 def test_every_parameter_gets_a_gradient(encoder, decoder, head):
-    model = ColorNet(encoder, decoder, head, classes=3)
+    model = ColorNet(encoder, decoder, head)
     torch.nn.init.normal_(model.head.weight)
     with torch.autocast("cpu", torch.bfloat16):
-        output, scenes = model(torch.rand(2, 1, 64, 64) * 100, with_scenes=True)
-    (output.float().square().mean() + scenes.float().square().mean()).backward()
+        output = model(torch.rand(2, 1, 64, 64) * 100)
+    output.float().square().mean().backward()
     idle = [name for name, p in model.named_parameters()
             if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()]
     assert not idle
