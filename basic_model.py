@@ -325,7 +325,8 @@ def is_bounded(contents: dict) -> bool:
         level = list(islice(chain.from_iterable(inner), MAX_VALUES))
         tensors = [value for value in level if isinstance(value, torch.Tensor)]
         if len(level) == MAX_VALUES or not all(
-                w.is_cpu and (w.is_floating_point() or w.dtype == torch.int64)
+                w.is_cpu and not w.is_nested
+                and (w.is_floating_point() or w.dtype == torch.int64)
                 # an expanded view claims more than the file holds
                 and not w.requires_grad and w.nbytes <= w.untyped_storage().nbytes()
                 for w in tensors):
