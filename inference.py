@@ -226,7 +226,7 @@ def plan_outputs(images: list[str], output: Path, downloads: Path, ending: str,
             continue
         inside = output.resolve()  # results there are not photographs to colour
         for path in find_photos(source):
-            below = inside != source.resolve() and inside in path.resolve().parents
+            below = source.resolve() in inside.parents and inside in path.resolve().parents
             if not below and not made_with(path):  # results may lie beside originals
                 put(path, output / path.relative_to(source).parent)
     if not plan:

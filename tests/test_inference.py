@@ -550,3 +550,17 @@ def test_memory_grows_by_few_bytes_a_pixel(checkpoints, tmp_path):
                          env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     low, high = (int(n) * 1024 for n in re.findall(r"peak (\d+)", out.stdout))
     assert (high - low) / 30e6 < 12, out.stderr
+
+
+# ------------------------------------------------------------------ where things may lie
+
+def test_an_output_above_the_photographs_hides_none_and_one_below_them_holds_results(
+        run, tmp_path):
+    """Also those that another program has retouched, and that no longer say what they are."""
+    (tmp_path / "scans" / "out").mkdir(parents=True)
+    gray_photo(1).save(tmp_path / "scans" / "a.png")
+    run(tmp_path / "scans", tmp_path)
+    gray_photo(2).save(tmp_path / "scans" / "out" / "retouched.png")
+    run(tmp_path / "scans", tmp_path / "scans" / "out")
+    assert files(tmp_path) == ["a_color.png", "scans/a.png", "scans/out/a_color.png",
+                               "scans/out/retouched.png"]
