@@ -45,8 +45,11 @@ SAVE_SECONDS = 300  # between two writes of last.tar, of hundreds of megabytes
 # clusters announce the end by TERM, HUP or USR1; Windows has not all of them
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
            if hasattr(signal, name)]
-WORLD = int(os.environ.get("WORLD_SIZE", 1))  # torchrun starts so many processes, ranks,
-RANK = int(os.environ.get("RANK", 0))  # and numbers them
+# torchrun starts so many processes, ranks, and numbers them; without it a stray RANK would
+# wait for others for ever
+LAUNCHED = distributed.is_torchelastic_launched()
+WORLD = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
+RANK = int(os.environ["RANK"]) if LAUNCHED else 0
 
 
 # ------------------------------------------------------------------------------- objectives

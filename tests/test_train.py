@@ -4,6 +4,7 @@ import errno
 import math
 import os
 import random
+import runpy
 import shlex
 import shutil
 import signal
@@ -705,3 +706,15 @@ def test_run_directly_the_module_says_what_to_type():
     done = subprocess.run([sys.executable, ROOT / "train.py"], capture_output=True,
                           text=True)
     assert done.returncode == 1 and done.stderr == "type: python main.py train\n"
+
+
+@pytest.mark.parametrize("launched", [False, True])
+@pytest.mark.parametrize("names", [{"RANK": "1"}, {"RANK": "x"}, {"WORLD_SIZE": "2"}])
+def test_ranks_are_those_of_torchrun_and_not_of_a_stray_variable(names, launched, monkeypatch):
+    own = {"TORCHELASTIC_RUN_ID": "7", "WORLD_SIZE": "4", "RANK": "3"} if launched else names
+    for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    found = runpy.run_path(str(ROOT / "train.py"), run_name="a copy")
+    assert (found["WORLD"], found["RANK"]) == ((4, 3) if launched else (1, 0))
