@@ -5,8 +5,10 @@ Units: L is 0..100, ab are CIE units, Lab is of sRGB under D65 and the 2-degree 
 
 import contextlib
 import errno
+import functools
 import hashlib
 import os
+import platform
 import struct
 import sys
 import threading
@@ -51,6 +53,7 @@ TAG = ExifTags.Base
 KEPT_TAGS = {TAG.DocumentName, TAG.ImageDescription, TAG.Make, TAG.Model, TAG.DateTime,
              TAG.Artist, TAG.Copyright, TAG.XResolution, TAG.YResolution,
              TAG.ResolutionUnit, TAG.ExifOffset, TAG.GPSInfo, TAG.PageName}
+HOST = platform.node()[:20]  # processes have numbers of their own on each machine
 TERMINAL = threading.Lock()  # lines and bars of all threads go out whole
 ASKING, MEGAPIXELS = threading.Lock(), threading.Semaphore(MAX_MEGAPIXELS)  # for photos_in
 
@@ -110,13 +113,26 @@ def ordered_map(function, items, workers: int, window: int = 64):
             yield from pool.map(function, batch)  # an error cancels what has not begun
 
 
+@functools.cache  # once a folder: to list a large one for each file in it takes hours
+def clear_leftovers(folder: Path) -> None:
+    """Remove what runs that were killed left in a folder; arrays may have gigabytes."""
+    # on Windows there is no asking whether a process lives
+    for path in folder.glob(f".*.{HOST}-*-*.part") if os.name == "posix" else ():
+        with contextlib.suppress(OSError, ValueError):  # of another user, or of no run
+            try:
+                os.kill(int(path.name.split("-")[-2]), 0)  # does nothing to one that lives
+            except ProcessLookupError:
+                path.unlink()
+
+
 def write_atomically(path: Path, write) -> None:
     """Call write(temporary path) and rename; on any failure nothing is left."""
     # a thread writes one file at a time; 50 letters: a name may have 255 bytes
-    own = f"{path.name[:50]}.{os.getpid()}-{threading.get_native_id()}"
+    own = f"{path.name[:50]}.{HOST}-{os.getpid()}-{threading.get_native_id()}"
     temporary = path.with_name(f".{own}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(path.parent)
         write(temporary)
         os.replace(temporary, path)  # whoever reads finds the old or all of the new
     except (OSError, ValueError, struct.error) as error:

@@ -8,6 +8,7 @@ import itertools
 import os
 import re
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -667,3 +668,18 @@ def test_only_a_full_disk_asks_for_space(tmp_path, number, remedy):
     with pytest.raises(ColorizeError, match=remedy):
         write_atomically(tmp_path / "x", write)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_process_left_is_cleared_and_what_others_write_is_not(tmp_path):
+    """At the first write into a folder, of whatever name."""
+    seen, dead = [], subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    write_atomically(tmp_path / "names" / "train.npy", lambda path: seen.append(path.name)
+                     or path.touch())
+    own = seen[0]  # of a process that lives
+    stays = [own, own.replace(photo_module.HOST, "elsewhere"), ".x.part", ".a-1-1.part",
+             own.replace(str(os.getpid()), "x"), "train.npy.part"]
+    for name in [*stays, own.replace(str(os.getpid()), str(dead.pid))]:
+        (tmp_path / name).touch()
+    write_atomically(tmp_path / "a.png", Path.touch)
+    assert {path.name for path in tmp_path.iterdir()} == {*stays, "a.png", "names"}
