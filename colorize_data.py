@@ -173,7 +173,7 @@ def prepare(data: Path, workers: int | None = None) -> dict:
             book.parent, known.get("manifests"), workers):
         why = "of other photographs or damaged" if book.exists() else "not built yet"
         say(f"{book.parent}: {why}; building the arrays")
-        book.unlink(missing_ok=True)  # a killed build never looks finished
+        write_atomically(book, Path.touch)  # emptied: a killed build never looks finished
         known = {"made_of": made_of, "manifests": build_arrays(data, [*seen], workers)}
         packed = gzip.compress(json.dumps(known).encode())
         write_atomically(book, lambda temporary: temporary.write_bytes(packed))

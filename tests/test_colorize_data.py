@@ -535,3 +535,19 @@ def test_a_photograph_gone_after_it_was_listed_is_counted(tmp_path, monkeypatch,
     import_photos(source, tmp_path / "data", 1e-9)
     assert len(files(tmp_path / "data")) == 2
     assert "2 train, 1 unreadable" in capsys.readouterr().err
+
+
+def test_a_processed_that_cannot_be_written_is_named_with_its_remedy(data):
+    (data / "processed").touch()
+    with pytest.raises(ColorizeError, match="processed/.*cannot be written.*; name another"):
+        prepare(data)
+
+
+def test_a_build_that_is_cut_leaves_no_manifest_of_older_arrays(data, monkeypatch):
+    """As a kill would: nothing after the first photograph happens."""
+    prepare(data)
+    (data / "train" / "round" / "1.png").unlink()
+    monkeypatch.setattr(colorize_data, "build_arrays", None)
+    with pytest.raises(TypeError):
+        prepare(data)
+    assert not (data / "processed" / "manifests.json.gz").read_bytes()
