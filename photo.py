@@ -368,6 +368,8 @@ def decode_photo(image: Image.Image, free: bool = False) -> Photo:
         image, alpha = image.convert(image.mode[:-1]), image.getchannel("A")
     image, note = to_srgb(image, profile)
     notes = ["16-bit colour was read as 8-bit"] * (deep and image.mode != "I;16")
+    if image.mode == "I;16" and 0 < image.getextrema()[1] < 4096:  # 12 bits, in 16
+        notes.append("dark: no value over 4095 of 65535; a 12-bit scan needs them times 16")
     notes += ["the first picture of an animation"] * animated + [note] * bool(note)
     info = {"exif": exif, "dpi": dpi if dpi and all(1 < x < 65536 for x in dpi) else None}
     return Photo(image, alpha, info, "; ".join(notes))

@@ -683,3 +683,13 @@ def test_what_a_killed_process_left_is_cleared_and_what_others_write_is_not(tmp_
         (tmp_path / name).touch()
     write_atomically(tmp_path / "a.png", Path.touch)
     assert {path.name for path in tmp_path.iterdir()} == {*stays, "a.png", "names"}
+
+
+@pytest.mark.parametrize("top, said", [(0, False), (1000, True), (4095, True), (4096, False)])
+@pytest.mark.parametrize("name", ["x.tif", "x.png"])
+def test_12_bit_values_in_16_bits_come_as_they_are_and_it_is_said_that_they_are_dark(
+        tmp_path, name, top, said):
+    values = np.linspace(0, top, 2000).reshape(40, 50).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / name)
+    photo = read_photo(tmp_path / name)
+    assert np.array_equal(photo.image, values) and ("4095" in photo.note) == said
