@@ -43,6 +43,8 @@ ENLARGE = 2.0             # at most, of photographs smaller than the working siz
 # whole, the large one small figures; mirror images and a third size gained nothing
 SCALES = ((0.5, 0.5), (1.0, 0.5))
 TIFF = (".tif", ".tiff")
+# what an array may be: its kind, dimensions and channels
+ARRAYS = ("uint8", 2), ("uint16", 2), ("uint8", 3, 3), ("uint8", 3, 4)
 
 
 # --------------------------------------------------------------------------- one photograph
@@ -151,7 +153,12 @@ def colorize(model: ColorNet | None, image: Image.Image | np.ndarray | str | Pat
     if isinstance(image, (str, Path)):  # the first page of several
         image = read_photo(Path(image)).image
     else:
-        image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+        if isinstance(image, np.ndarray):
+            kind = (image.dtype.name, image.ndim, *image.shape[2:])
+            image = Image.fromarray(image) if kind in ARRAYS else None
+        if not isinstance(image, Image.Image) or not min(image.size):
+            raise ColorizeError("colorize: image must be a path, a Pillow image, or an array "
+                                "of uint8 (H, W) or (H, W, 3), or of uint16 (H, W)")
         image = decode_photo(image).image
     prediction = predict(model, image, size)
     return add_color(model, image, prediction, controls, image.mode == "I;16")[0]

@@ -564,3 +564,14 @@ def test_an_output_above_the_photographs_hides_none_and_one_below_them_holds_res
     run(tmp_path / "scans", tmp_path / "scans" / "out")
     assert files(tmp_path) == ["a_color.png", "scans/a.png", "scans/out/a_color.png",
                                "scans/out/retouched.png"]
+
+
+@pytest.mark.parametrize("image", [
+    np.zeros((9, 9)), np.zeros((9, 9, 3), np.float32), np.zeros((9, 9), np.int32),
+    np.zeros((9, 9), bool), np.zeros((9, 9, 3), np.uint16), np.zeros((9, 9, 2), np.uint8),
+    np.zeros((3, 9, 9), np.uint8), np.zeros((1, 9, 9, 3), np.uint8), np.zeros(9, np.uint8),
+    np.zeros((0, 9), np.uint8), np.uint8(9), Image.new("L", (9, 0)), None, [[1, 2], [3, 4]]],
+    ids=lambda image: f"{type(image).__name__} {np.shape(image)}")
+def test_what_is_no_picture_is_refused_in_words_and_not_taken_for_a_dark_one(models, image):
+    with pytest.raises(ColorizeError, match="uint8 .H, W. or .H, W, 3., or of uint16"):
+        colorize(models["ab"], image, 32)
