@@ -551,3 +551,14 @@ def test_a_build_that_is_cut_leaves_no_manifest_of_older_arrays(data, monkeypatc
     with pytest.raises(TypeError):
         prepare(data)
     assert not (data / "processed" / "manifests.json.gz").read_bytes()
+
+
+def test_a_name_too_long_for_a_disk_is_counted_and_the_others_are_taken(tmp_path, capsys):
+    source = tmp_path / "set.zip"
+    with zipfile.ZipFile(source, "w") as archive:
+        for i, name in enumerate(["a.png", "x" * 300 + ".png", "é" * 125 + "/b.png"]):
+            made_photo(i, 64, 64).save(tmp_path / "p.png")
+            archive.write(tmp_path / "p.png", name)
+    import_photos(source, tmp_path / "data", 1e-9)
+    assert files(tmp_path / "data") == ["train/a.png"]
+    assert "1 train, 2 with too long a name" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Colouring one photograph, files, folders, addresses; formats, edges, memory."""
 
 import errno
+import io
 import os
 import re
 import socketserver
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -575,3 +577,12 @@ def test_an_output_above_the_photographs_hides_none_and_one_below_them_holds_res
 def test_what_is_no_picture_is_refused_in_words_and_not_taken_for_a_dark_one(models, image):
     with pytest.raises(ColorizeError, match="uint8 .H, W. or .H, W, 3., or of uint16"):
         colorize(models["ab"], image, 32)
+
+
+def test_what_a_redirection_fetched_by_another_scheme_is_not_taken(tmp_path, monkeypatch):
+    answer = io.BytesIO(b"secret")
+    answer.url = "ftp://127.0.0.1/a.png"
+    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: answer)
+    with pytest.raises(ColorizeError, match="http://a/a.png: .*something else than http"):
+        inference.download("http://a/a.png", tmp_path)
+    assert files(tmp_path) == []

@@ -1,5 +1,6 @@
 """Photographs in and out, colour, the terminal; references: scikit-image, numpy, tifffile."""
 
+import contextlib
 import errno
 import functools
 import inspect
@@ -17,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
-from PIL import (ExifTags, Image, ImageCms, ImageFile, ImageFilter, ImageOps, PngImagePlugin,
-                 TiffImagePlugin)
+from PIL import (EpsImagePlugin, ExifTags, Image, ImageCms, ImageFile, ImageFilter, ImageOps,
+                 PngImagePlugin, TiffImagePlugin)
 from skimage import color
 
 import photo as photo_module
@@ -293,9 +294,9 @@ NO_PHOTOGRAPH = {
     "noise": (lambda path: path.write_bytes(noise(np.uint8, 999).tobytes()), NONE),
     "postscript": (lambda path: path.write_text(  # Pillow would run Ghostscript on it
         "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"), NONE),
-    "container of postscript": (lambda path: path.write_bytes(
-        b"\x1c\x03\x3c\x00\x02\x02\x01" b"\x1c\x03\x14\x00\x01\x09"
-        b"\x1c\x08\x0a\x00\x30%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), NONE),
+    "container of postscript": (lambda path: path.write_bytes(  # IPTC: layers, sides, JPEG
+        b"\x1c\3\x3c\0\2\1\0" b"\x1c\3\x14\0\2\0\x09" b"\x1c\3\x1e\0\2\0\x09" b"\x1c\3\x78\0\1\5"
+        b"\x1c\x08\x0a\0\x35%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%End"), NONE),
     "link to nothing": (lambda path: path.symlink_to("nothing"), "No such file"),
     "link to itself": (lambda path: path.symlink_to(path), "symbolic links"),
     "device": (lambda path: path.symlink_to("/dev/zero"), "pipe or a device"),
@@ -693,3 +694,17 @@ def test_12_bit_values_in_16_bits_come_as_they_are_and_it_is_said_that_they_are_
     Image.fromarray(values).save(tmp_path / name)
     photo = read_photo(tmp_path / name)
     assert np.array_equal(photo.image, values) and ("4095" in photo.note) == said
+
+
+@pytest.mark.parametrize("kind", ["postscript", "container of postscript"])
+def test_no_reader_of_programs_is_even_asked(tmp_path, monkeypatch, kind):
+    """Where Ghostscript is not installed the message alone would be the same."""
+    asked = []
+    monkeypatch.setattr(EpsImagePlugin.EpsImageFile, "_open", lambda eps: asked.append(eps))
+    NO_PHOTOGRAPH[kind][0](tmp_path / "x.jpg")
+    with contextlib.suppress(Exception), Image.open(tmp_path / "x.jpg") as image:
+        image.load()  # as Pillow would, unasked
+    assert asked and asked.clear() is None
+    with pytest.raises(ColorizeError):
+        read_photo(tmp_path / "x.jpg")
+    assert not asked
