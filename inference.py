@@ -399,8 +399,9 @@ def inference(*, image: list[str] = ("data/input/val",), model: str | None = Non
     # mistakes in flags are found before the checkpoint is read
     controls = read_controls(mood, mean_color, reference, strength, saturation, hints,
                              variant)
-    if sheet and controls != Controls():
-        raise FlagError("--sheet shows moods and variants: leave out the colour flags")
+    if (sheet or grid) and controls != Controls():
+        raise FlagError("--sheet shows moods and variants, --grid the photograph: leave out "
+                        "the colour flags")
     network, path, contents = load_model(model, device)
     say(f"loaded {path} ({contents['model']['encoder']}, {contents['model']['head']}) "
         f"on {next(network.parameters()).device}")
@@ -417,7 +418,7 @@ def inference(*, image: list[str] = ("data/input/val",), model: str | None = Non
         # a caller from Python may give one path
         images = [image] if isinstance(image, (str, Path)) else image
         plan = plan_outputs([str(name) for name in images], Path(output), Path(downloads),
-                            suffix if kind == "color" else kind, format)
+                            kind if suffix == "color" else suffix, format)
         if hints and len(plan) > 1:
             raise FlagError("--hints are for one photograph, not several")
         run_plan(job, plan)

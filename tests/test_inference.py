@@ -586,3 +586,19 @@ def test_what_a_redirection_fetched_by_another_scheme_is_not_taken(tmp_path, mon
     with pytest.raises(ColorizeError, match="http://a/a.png: .*something else than http"):
         inference.download("http://a/a.png", tmp_path)
     assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize("flags", [{"mood": "warm"}, {"hints": "5,5,#ff0000"}, {"saturation": 2.0}])
+def test_a_grid_takes_no_colours_that_it_would_not_show(run, tmp_path, flags):
+    gray_photo().save(tmp_path / "a.png")
+    with pytest.raises(FlagError, match="--grid .*leave out"):
+        run(tmp_path / "a.png", tmp_path, grid=True, **flags)
+
+
+@pytest.mark.parametrize("flags, name", [
+    ({"compare": True, "suffix": "x"}, "a_x.png"), ({"grid": True, "suffix": "x"}, "a_x.png"),
+    ({"compare": True}, "a_compare.png")])
+def test_a_suffix_is_that_of_every_kind_of_result(run, tmp_path, flags, name):
+    gray_photo().save(tmp_path / "a.png")
+    run(tmp_path / "a.png", tmp_path / "out", **flags)
+    assert files(tmp_path / "out") == [name]
