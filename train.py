@@ -467,6 +467,9 @@ def resume_training(path: Path, flags: dict, device: torch.device) -> Training:
     """The training in the last.tar at path, with its settings; flags given must agree."""
     # a flag that is at its default was not given, as far as one can tell
     given = {name: x for name, x in flags.items() if x != train.__kwdefaults__[name]}
+    if "out" in given and Path(given["out"]).resolve() != path.parent.resolve():
+        raise FlagError(f"--resume {path}: goes on in its own folder: leave out --out, or "
+                        "start another training there with --init")
     try:
         start = read_checkpoint(path)
         # the ranks are no flag, but another number of them makes other batches

@@ -540,7 +540,7 @@ def test_a_malformed_last_tar_is_named_in_one_line(where, value, cut, tmp_path):
     spoil(contents, where, value)
     torch.save(contents, path)
     with pytest.raises(ColorizeError, match=r"^(--resume )?\S*last\.tar: .*\Z"):
-        train(out=tmp_path / "out", resume=str(path))
+        train(out=tmp_path, resume=str(path))
 
 
 @pytest.fixture(scope="module")
@@ -566,9 +566,9 @@ def test_longer_epochs_are_allowed(photos, tmp_path):
     assert len(run(photos, tmp_path, resume="auto", epochs=2)["resume"]["history"]) == 3
 
 
-def test_a_model_is_no_training_to_resume(photos, tmp_path, checkpoints):
-    with pytest.raises(ColorizeError, match="--init"):
-        run(photos, tmp_path, resume=str(checkpoints["ab"]))
+def test_a_model_is_no_training_to_resume(photos, checkpoints):
+    with pytest.raises(ColorizeError, match="no last.tar of this program.*--init"):
+        run(photos, checkpoints["ab"].parent, resume=str(checkpoints["ab"]))
 
 
 def poison(monkeypatch, rows):
@@ -719,3 +719,10 @@ def test_ranks_are_those_of_torchrun_and_not_of_a_stray_variable(names, launched
         monkeypatch.setenv(name, value)
     found = runpy.run_path(str(ROOT / "train.py"), run_name="a copy")
     assert (found["WORLD"], found["RANK"]) == ((4, 3) if launched else (1, 0))
+
+
+def test_a_training_is_not_resumed_into_another_folder_than_was_asked(cut, tmp_path):
+    before = cut.read_bytes()
+    with pytest.raises(FlagError, match="leave out --out"):
+        train(out=tmp_path / "elsewhere", resume=str(cut), epochs=3)
+    assert cut.read_bytes() == before and not list(tmp_path.iterdir())
