@@ -86,9 +86,11 @@ def read_mean_color(text: str) -> tuple[float, float]:
 
 def read_hints(text: str) -> tuple[tuple, Image.Image | None]:
     """--hints "x,y,#rrggbb; ...", a .txt of these, or a dabbed copy: points and copy."""
+    if not text:  # no flag
+        return (), None
     path = Path(text)
     known = {".txt", *Image.registered_extensions()}  # points end in a colour
-    if text and ("," not in text or path.suffix.lower() in known):
+    if "," not in text or path.suffix.lower() in known:
         if path.suffix.lower() != ".txt":
             return (), read_photo(path).image.convert("RGB")
         try:
@@ -104,6 +106,8 @@ def read_hints(text: str) -> tuple[tuple, Image.Image | None]:
             hints.append((int(x), int(y), *hex_to_ab(color, "--hints")))
         except ValueError:
             raise FlagError(f"--hints '{point.strip()}': write x,y,#rrggbb") from None
+    if not hints:
+        raise FlagError(f"--hints '{path}': holds no point; write x,y,#rrggbb")
     if len(hints) > MAX_HINTS:
         raise FlagError(f"--hints: {MAX_HINTS} points are the most; dab on a copy instead")
     return tuple(hints), None

@@ -6,6 +6,7 @@
 
 import ast
 import difflib
+import errno
 import importlib
 import math
 import os
@@ -193,7 +194,9 @@ def main(arguments: list[str]) -> int:
         elif isinstance(error, MemoryError) or re.search(NO_MEMORY, str(error)):
             text = "out of memory; a smaller --size, --batch_size or photograph needs less"
         elif isinstance(error, OSError):  # a disk or a permission that no command foresaw
-            text = f"{error.filename or 'standard output'}: {error.strerror or error}"
+            # one without a name is of standard output, or of no folder for temporary files
+            nameless = "TMPDIR" if error.errno == errno.ENOENT else "standard output"
+            text = f"{error.filename or nameless}: {error.strerror or error}"
         else:  # a defect
             raise
         if os.environ.get("COLORIZE_TRACEBACK"):

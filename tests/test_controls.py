@@ -386,3 +386,11 @@ def test_alike_places_agree_and_unlike_ones_do_not():
     def coarse(values):
         return block_reduce(values[..., :6], (1, 2, 2), np.mean).std()
     assert coarse(agreed) < 0.6 * coarse(values)
+
+
+@pytest.mark.parametrize("content", ["", "\n \n", ";;\n"])
+def test_a_text_file_without_a_hint_is_an_error(tmp_path, content):
+    (tmp_path / "hints.txt").write_text(content)
+    with pytest.raises(FlagError, match="hints.txt.*holds no point"):
+        read_hints(str(tmp_path / "hints.txt"))
+    assert read_hints("") == ((), None)  # as where the flag is not given
