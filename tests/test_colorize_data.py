@@ -498,7 +498,7 @@ def method_bomb(path: Path) -> None:
 
 def many_in_a_zip(path: Path) -> None:
     entry = b"PK\1\2" + bytes(24) + b"\1" + bytes(17) + b"x"  # 46 bytes and a name of one
-    size = 31 << 20
+    size = 120 << 20
     end = b"PK\5\6" + bytes(4) + b"\xff\xff" * 2 + size.to_bytes(4, "little") + bytes(6)
     path.write_bytes(b"PK\3\4" + bytes(26) + (entry * (size // len(entry) + 1))[:size] + end)
 
@@ -517,7 +517,9 @@ def test_an_archive_cannot_take_the_machine(tmp_path, make):
                          cwd=Path(colorize_data.__file__).parent, capture_output=True, text=True,
                          timeout=120)
     assert "nothing was taken" in run.stdout, run.stderr[-500:]
-    assert "is packed oddly" in run.stdout or make is many_in_a_zip
+    # the list is cut off, rather than that memory has ended
+    reason = "is packed oddly" if make is method_bomb else "Truncated central directory"
+    assert reason in run.stdout
     assert not (tmp_path / "data").exists()
 
 
