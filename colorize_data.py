@@ -2,8 +2,8 @@
 
     python main.py data --source photos.zip        # import, build the arrays, report
 
-DATA/train and DATA/val hold photographs, in class folders or not; DATA/processed what is
-made of them: train.npy, val.npy, manifests.json.gz with the names of rows, preview.png.
+DATA/train and DATA/val hold photographs, in folders or not; DATA/processed what is made of
+them: train.npy, val.npy, manifests.json.gz with the names of rows, preview.png.
 """
 
 import contextlib
@@ -23,9 +23,9 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms.v2 import functional as transforms
 
-from photo import (FORMATS, MIN_CHROMA, ColorizeError, content_hash, find_photos,
-                   lab_to_image, lab_to_linear, ordered_map, picture_sheet, progress,
-                   read_photo, rgb_to_lab, say, say_names, write_atomically)
+from photo import (MIN_CHROMA, ColorizeError, content_hash, find_photos, lab_to_image,
+                   lab_to_linear, ordered_map, photos_in, picture_sheet, progress,
+                   rgb_to_lab, say, say_names, write_atomically)
 
 MAX_LIST = 30 << 20     # bytes of a zip's list: 300,000 files of 46 bytes and a name each
 MAX_RATIO = 200         # of all contents to the zip, from 1 MB on; photographs: 1 to 2
@@ -43,47 +43,41 @@ MIN_CROP = 0.35
 
 # ------------------------------------------------------------------------------- importing
 
-def photographs(source: Path, free: int) -> list:
-    """(name, function that opens it) of each photograph in a folder or a zip.
-
-    ColorizeError where a zip is hostile, damaged anywhere, or unpacks to more than is free.
-    """
-    if source.is_dir():  # the names begin with that of the folder
-        return [(path.relative_to(source.parent), partial(open, path, "rb"))
-                for path in find_photos(source)]
-    found, total, most = [], 0, min(free, MAX_RATIO * max(source.stat().st_size, 1 << 20))
+def unpack(source: Path, folder: Path) -> None:
+    """All of a zip into a new folder; ColorizeError where it is hostile or damaged."""
+    place = next(path for path in folder.parents if path.exists())
+    most = MAX_RATIO * max(source.stat().st_size, 1 << 20)
+    files, passed_over = [], {}
     try:
-        file = open(source, "rb", buffering=0)
-        read = file.read
-        # the list of its files is read at once, of whatever size it says that it is
-        file.read = lambda size=-1: read(min(size, MAX_LIST))
-        archive = zipfile.ZipFile(file)
-        for info in archive.infolist():
-            name, total = PureWindowsPath(info.filename), total + info.file_size  # / or \
-            # methods beside these two unpack at once as much as the packer liked
-            usual = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-            if not usual or name.anchor or ".." in name.parts:
-                raise ValueError(f"{name} leads out of the folder, or is packed oddly")
-            # macOS adds a file "._NAME" to each
-            is_photo = Image.EXTENSION.get(name.suffix.lower()) in FORMATS
-            hidden = any(part[0] == "." for part in name.parts)
-            if is_photo and info.file_size and not hidden:
-                found.append((Path(name.as_posix()), partial(archive.open, info)))
-        if total > most:
-            raise ValueError(f"{total >> 20} MB: more than photographs have, or is free")
-        for _, opened in found:  # to the end, where its CRC is checked
-            with opened() as stream:
-                while stream.read(1 << 20):
-                    pass
+        with open(source, "rb", buffering=0) as file:
+            read = file.read
+            # the list of its files is read at once, of whatever size it says that it is
+            file.read = lambda size=-1: read(min(size, MAX_LIST))
+            archive = zipfile.ZipFile(file)
+            for info in archive.infolist():
+                name = PureWindowsPath(info.filename)  # with / or \
+                # methods beside these two unpack at once as much as the packer liked
+                usual = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+                if not usual or name.anchor or ".." in name.parts:
+                    raise ValueError(f"{name} leads out of the folder, or is packed oddly")
+                if any(len(os.fsencode(part)) > 255 for part in name.parts):  # for a disk
+                    passed_over.setdefault("with too long a name", []).append(name)
+                elif info.file_size:
+                    info.filename = name.as_posix()
+                    files.append(info)
+            total = sum(info.file_size for info in files)
+            if total > min(most, shutil.disk_usage(place).free):
+                raise ValueError(f"{total >> 20} MB: more than photographs have or is free")
+            archive.extractall(folder, files)  # each to its end, where its CRC is checked
     except Exception as error:  # zipfile raises many kinds on hostile files
         raise ColorizeError(f"--source {source}: no zip, or damaged, encrypted or hostile "
                             f"({str(error)[:200]}); nothing was taken; unpack it yourself "
                             "(a tar: tar -xf) and name the folder") from None
-    return found
+    say_names("passed over", passed_over)
 
 
 def import_photos(source: Path, data: Path, val_fraction: float) -> None:
-    """Take the photographs of a zip or a folder into DATA/train and val, classes kept.
+    """Take the photographs of a zip or a folder into DATA/train and val, folders kept.
 
     A set that comes with train and val (or test) folders stays split so; else the split is
     by a hash of each content.
@@ -94,26 +88,33 @@ def import_photos(source: Path, data: Path, val_fraction: float) -> None:
     if source in (target, *target.parents) or source.is_dir() and target in source.parents:
         raise ColorizeError(f"--source {source}: lies in --data {data}, or that in it, and "
                             "would be copied into itself; name another folder with --data")
-    place = next(path for path in (target, *target.parents) if path.exists())
     say(f"reading {source}")
-    found = photographs(source, shutil.disk_usage(place).free)
-    # classes begin below the deepest folder that holds all
-    top = Path(os.path.commonpath([name.parent for name, _ in found] or [""]))
-    counts = Counter(import_photo(opened, name, top, data, val_fraction)
-                     for name, opened in progress(found, len(found), "import"))
+    unpacked = target / ".unpacked"
+    shutil.rmtree(unpacked, ignore_errors=True)  # of an import that was killed
+    try:
+        folder, take = source, shutil.copyfile
+        if source.is_file():
+            folder, take = unpacked, shutil.move  # on one disk nothing is copied
+            unpack(source, folder)
+        root = folder.parent  # the folder's own name may be that of a split
+        names = [path.relative_to(root) for path in find_photos(folder)]
+        top = Path(os.path.commonpath([name.parent for name in names] or [""]))
+        counts = Counter(import_photo(root, name, top, data, val_fraction, take)
+                         for name in progress(names, len(names), "import"))
+    finally:
+        shutil.rmtree(unpacked, ignore_errors=True)
     taken = ", ".join(f"{n} {what}" for what, n in counts.items()) or "no photograph"
     say(f"imported {source}: {taken}")
 
 
-def import_photo(opened, name: Path, top: Path, data: Path, val_fraction: float) -> str:
-    """Copy a photograph to DATA/train/NAME or DATA/val/NAME; returns what became of it.
+def import_photo(root: Path, name: Path, top: Path, data: Path, val_fraction: float,
+                 take) -> str:
+    """take(root / name, to DATA/train/NAME or DATA/val/NAME); returns what became of it.
 
     Where another photograph has that name, in either split, its hash becomes its name.
     """
-    try:
-        with opened() as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError:  # gone since it was listed, or not ours to read
+    path, digest = root / name, content_hash(root / name)
+    if not digest:  # gone since it was listed, or not ours to read
         return "unreadable"
     split = "val" if in_validation(digest, val_fraction) else "train"
     # above what holds all, or right below: elsewhere it may be a class of that name
@@ -123,17 +124,10 @@ def import_photo(opened, name: Path, top: Path, data: Path, val_fraction: float)
         name = name.relative_to(top)
     else:
         split, name = SPLITS[folders[start]], Path(*name.parts[start + 1:])
-
-    if max(len(os.fsencode(part)) for part in name.parts) > 240:  # 255 and room for ours
-        return "with too long a name"
-
-    def write(temporary):
-        with opened() as stream, open(temporary, "wb") as file:
-            shutil.copyfileobj(stream, file)
     for name in (name, name.with_stem(digest)):  # the hash where a name is taken
         others = [*filter(os.path.isfile, (data / "train" / name, data / "val" / name))]
         if not others:
-            write_atomically(data / split / name, write)
+            write_atomically(data / split / name, partial(take, path))
             return split
         # a camera gives one name, and BMP one size, to many photographs
         if digest in map(content_hash, others):
@@ -151,9 +145,9 @@ def in_validation(digest: str, fraction: float) -> bool:
 def prepare(data: Path, workers: int | None = None) -> dict:
     """Build DATA/processed from DATA/train and DATA/val, or reuse it: {split: manifest}.
 
-    A manifest's "photographs" are [name, SHA-256, CRC-32 of the row, class or None], one
-    for each row; "left_out" is {reason: names}; "fingerprint" is of all names and contents:
-    touching or copying the photographs does not change it, one pixel does.
+    A manifest's "photographs" are [name, SHA-256, CRC-32 of the row], one for each row;
+    "left_out" is {reason: names}; "fingerprint" is of all names and contents: touching or
+    copying the photographs does not change it, one pixel does.
     """
     data, workers = Path(data), workers or os.cpu_count() or 1
     seen = {}  # sizes and times, to know at a start without reading 9 GB if these are new
@@ -192,7 +186,7 @@ def is_whole(processed: Path, manifests: dict, workers: int) -> bool:
             manifest = manifests[split]
             ", ".join(sum(manifest["left_out"].values(), []))  # lists of names
             stored = np.load(processed / f"{split}.npy", mmap_mode="r")
-            expected = [checksum for _, _, checksum, _ in manifest["photographs"]]
+            expected = [checksum for _, _, checksum, *_ in manifest["photographs"]]
             # reading 8.5 GB takes 6 seconds, and training then finds them in memory
             sums = [*ordered_map(zlib.crc32, stored, workers)]
             if sums != expected or stored.dtype != np.uint8:
@@ -214,24 +208,23 @@ def decode_lab(stored):
     return (stored - np.float32([0, 128, 128])) / np.float32([2.55, 1, 1])
 
 
-def lab_square(path: Path) -> tuple[np.ndarray | None, str, str]:
-    """A photograph as stored Lab (SIDE, SIDE, 3) or None, its SHA-256, why left out."""
-    digest = ""
+def lab_square(path: Path) -> tuple[np.ndarray | None, str]:
+    """A photograph as stored Lab (SIDE, SIDE, 3); or None, and why it is left out."""
     try:
-        digest = content_hash(path)
         # a JPEG may come at half of its size or less; 2 * SIDE still hide the steps
-        image = read_photo(path, at_least=2 * SIDE).image
-    except (OSError, ColorizeError):  # also where it is gone since it was listed
-        return None, digest, "unreadable"
-    if min(image.size) < MIN_SIDE:
-        return None, digest, f"under {MIN_SIDE} pixels"
-    if image.mode != "RGB":
-        return None, digest, "without colour"
-    square = ImageOps.fit(image, (SIDE, SIDE), Image.Resampling.LANCZOS)
+        with photos_in(path, first=True, at_least=2 * SIDE) as (photo,):
+            image = photo.image
+            if min(image.size) < MIN_SIDE:
+                return None, f"under {MIN_SIDE} pixels"
+            if image.mode != "RGB":
+                return None, "without colour"
+            square = ImageOps.fit(image, (SIDE, SIDE), Image.Resampling.LANCZOS)
+    except ColorizeError:  # also where it is gone since it was listed
+        return None, "unreadable"
     lab = rgb_to_lab(np.asarray(square))
     if np.hypot(lab[..., 1], lab[..., 2]).mean() < MIN_CHROMA:  # gray, stored as colour
-        return None, digest, "without colour"
-    return encode_lab(lab), digest, ""
+        return None, "without colour"
+    return encode_lab(lab), ""
 
 
 def build_arrays(data: Path, names: list, workers: int) -> dict:
@@ -239,10 +232,18 @@ def build_arrays(data: Path, names: list, workers: int) -> dict:
 
     Where there is no val, a share of train is, by hash: whatever is added, none moves.
     """
+    digests = ordered_map(content_hash, [data / name for name in names], workers)
+    hashes = dict(zip(names, progress(digests, len(names), "reading")))
     share = 0 if any(name.startswith("val/") for name in names) else VAL_SHARE
-    hashes, manifests = write_arrays(data, names, workers,
-                                     lambda digest: in_validation(digest, share))
-    train, val = ({digest for _, digest, *_ in manifest["photographs"]}
+
+    def write(in_val):
+        parts = {"train": {}, "val": {}}  # {name: SHA-256} of each split
+        for name, digest in hashes.items():
+            split = "val" if name.startswith("val/") or in_val(digest) else "train"
+            parts[split][name] = digest
+        return {split: write_array(data, split, parts[split], workers) for split in parts}
+    manifests = write(lambda digest: in_validation(digest, share))
+    train, val = ({digest for _, digest, _ in manifest["photographs"]}
                   for manifest in manifests.values())
     if train & val:
         same = [name for name, digest in hashes.items() if digest in train & val]
@@ -250,7 +251,7 @@ def build_arrays(data: Path, names: list, workers: int) -> dict:
                             f"one, or scores will flatter: {', '.join(same[:8])}")
     if share and not (train and val):  # of few the share may be none, or all
         aside = sorted(train | val)[:-1][:1]  # of one photograph none
-        hashes, manifests = write_arrays(data, names, workers, lambda sha: sha in aside)
+        manifests = write(lambda digest: digest in aside)
     if share:
         say(f"no photograph in {data / 'val'}: a tenth of train is set aside, by content")
     key = [ARRAY_FORMAT, SIDE, share or None, [*hashes.items()]]
@@ -259,43 +260,27 @@ def build_arrays(data: Path, names: list, workers: int) -> dict:
             for split, manifest in manifests.items()}
 
 
-def write_arrays(data: Path, names: list, workers: int, aside) -> tuple[dict, dict]:
-    """Write both arrays, aside(SHA-256) into val: {name: SHA-256} and {split: manifest}."""
-    hashes, rows, left_out = {}, {"train": [], "val": []}, {"train": {}, "val": {}}
+def write_array(data: Path, split: str, hashes: dict, workers: int) -> dict:
+    """Write DATA/processed/SPLIT.npy of {name: SHA-256}; returns its manifest."""
+    rows, left_out = [], {}
+    squares = ordered_map(lab_square, [data / name for name in hashes], workers)
+    squares = progress(squares, len(hashes), f"{split}.npy")
 
-    def write(train, val):
-        with open(train, "wb") as file, open(val, "wb") as val_file:
-            files = {"train": file, "val": val_file}
-            for file in files.values():
-                file.seek(128)  # the header comes when the number of rows is known
-            squares = ordered_map(lab_square, [data / name for name in names], workers)
-            squares = progress(squares, len(names), "arrays")
-            for name, (lab, digest, reason) in zip(names, squares):
-                hashes[name] = digest
-                split = "val" if name.startswith("val/") or aside(digest) else "train"
+    def write(temporary):
+        with open(temporary, "wb") as file:
+            file.seek(128)  # the header comes when the number of rows is known
+            for (name, digest), (lab, reason) in zip(hashes.items(), squares):
                 if lab is None:
-                    left_out[split].setdefault(reason, []).append(name)
+                    left_out.setdefault(reason, []).append(name)
                     continue
-                files[split].write(lab.tobytes())
-                # train/rose/1.png is of class rose, train/1.png of none
-                label = name.split("/")[1] if name.count("/") > 1 else None
-                rows[split].append([name, digest, zlib.crc32(lab.tobytes()), label])
-            for split, file in files.items():
-                file.seek(0)
-                np.lib.format.write_array_header_1_0(
-                    file, {"descr": "|u1", "fortran_order": False,
-                           "shape": (len(rows[split]), SIDE, SIDE, 3)})
-    train, val = (data / "processed" / f"{split}.npy" for split in rows)
-    # renamed when both are whole
-    write_atomically(train, lambda first: write_atomically(val, partial(write, first)))
-    return hashes, {split: {"photographs": rows[split], "left_out": left_out[split]}
-                    for split in rows}
-
-
-def class_names(manifest: dict) -> list[str]:
-    """The scene classes of the photographs used, sorted; none where there is but one."""
-    names = sorted({label for *_, label in manifest["photographs"] if label})
-    return names if len(names) > 1 else []
+                file.write(lab.tobytes())
+                rows.append([name, digest, zlib.crc32(lab.tobytes())])
+            file.seek(0)
+            np.lib.format.write_array_header_1_0(
+                file, {"descr": "|u1", "fortran_order": False,
+                       "shape": (len(rows), SIDE, SIDE, 3)})
+    write_atomically(data / "processed" / f"{split}.npy", write)
+    return {"photographs": rows, "left_out": left_out}
 
 
 # --------------------------------------------------------------------------------- batches
@@ -432,15 +417,11 @@ def data(*, data: Path = Path("data/input"), source: Path | None = None,
     manifests, processed = prepare(data, workers), Path(data, "processed")
     for split, manifest in manifests.items():
         say(f"{split}: {len(manifest['photographs'])} photographs used", result=True)
-    counts = Counter(label for *_, label in manifests["train"]["photographs"])
-    classes = [f"{name} {counts[name]}" for name in class_names(manifests["train"])]
-    say(f"classes: {', '.join(classes) or 'none (no class folders)'}", result=True)
     dataset = ColorizeData([processed / "train.npy"], train=True)
     tiles = []  # L and colour of eight samples, two in a row
     stored, _ = dataset.__getitems__(range(min(8, len(dataset))))
     for lab in decode_lab(stored.permute(0, 2, 3, 1).numpy()):
-        L, ab = lab[..., 0], lab[..., 1:]
-        tiles += [lab_to_image(L, 0 * ab), lab_to_image(L, ab)]
+        tiles += [lab_to_image(lab[..., 0], lab[..., 1:] * factor) for factor in (0, 1)]
     sheet = picture_sheet(tiles, 4, ["L", "colour"] * (len(tiles) // 2), 192)
     write_atomically(processed / "preview.png", lambda name: sheet.save(name, "PNG"))
     say(f"{processed / 'preview.png'}: samples as the network sees them", result=True)

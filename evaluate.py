@@ -120,8 +120,7 @@ def score(rgb: np.ndarray, true_rgb: np.ndarray | None) -> dict[str, float]:
 def picture_scores(lab, ab) -> list[float]:
     """Sums over N of distance, PSNR, colourfulness, the truth's; lab, ab (N, C, H, W)."""
     lab, ab = lab.permute(0, 2, 3, 1).numpy(), ab.permute(0, 2, 3, 1).float().numpy()
-    true = lab_to_rgb(lab)
-    made = lab_to_rgb(np.concatenate([lab[..., :1], ab], axis=-1))
+    true, made = (lab_to_rgb(lab[..., 0], colors) for colors in (lab[..., 1:], ab))
     scores = [(mean_ab_distance(colors, truth[..., 1:]), psnr(m, t), colorfulness(m),
                colorfulness(t)) for colors, truth, m, t in zip(ab, lab, made, true)]
     return np.sum(scores, axis=0).tolist()  # the ranks' sums are added up

@@ -31,7 +31,7 @@ from controls import (MOODS, Controls, agree, apply_controls, fixed_dabs, fixed_
                       hint_correction, likeness_of, propagate_hints, read_controls, vary)
 from photo import (MADE, VERSION, ColorizeError, FlagError, Photo, check_target,
                    content_hash, decode_photo, find_photos, guided_upsampler, into_gamut,
-                   lab_to_linear, lightness, linear_to_srgb, made_with, ordered_map,
+                   lab_to_rgb, lightness, made_with, ordered_map,
                    photos_in, picture_sheet, printable, progress, read_photo, say, tone_of,
                    working_copy, write_photo)
 
@@ -104,7 +104,7 @@ def render(image: Image.Image, L_small: np.ndarray, ab: np.ndarray, hints: tuple
         colors = enlarge(L, top)  # (rows, W, 2)
         correct(L, colors, top)
         colors = into_gamut(L, colors)  # last, so that no control can change lightness
-        rgb = linear_to_srgb(lab_to_linear(L, colors))
+        rgb = lab_to_rgb(L, colors)
         return top, np.rint(rgb * white).astype(kind), colors.sum(axis=(0, 1), dtype=float)
     total = np.zeros(2)  # of ab, for the mean
     # two threads; a window of three bounds what waits to be pasted

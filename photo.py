@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from io import BytesIO
@@ -23,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps, ImageSequence
 from torch.nn import functional as F
 
 VERSION = "2.0"
@@ -37,13 +38,9 @@ Image.MAX_IMAGE_PIXELS = None  # photos_in has the one bound
 Image.core.set_block_size(64 << 20)  # over 32 MB, where malloc gives back what is freed
 # none of these opens another file inside itself, as IPTC does an EPS, which is a program
 FORMATS = "JPEG PNG TIFF WEBP AVIF GIF BMP PPM JPEG2000 TGA PSD".split()
-# photographs that are named where they are passed over; other files, such as notes, are not
-UNREADABLE = (".heic .heif .dng .nef .cr2 .cr3 .arw .orf .raf .rw2 .jxl .pdf .eps "
-              ".zip .rar .7z").split()
-# what is written: the longest side it can hold, and how; full chroma: colour was added
-WRITABLE = {"PNG": (2**31, {}), "TIFF": (2**31, {}), "WEBP": (16_383, {"lossless": True}),
-            "JPEG": (65_500, {"quality": 95, "subsampling": 0}),
-            "AVIF": (65_536, {"quality": 95, "subsampling": "4:4:4"})}
+# what is written, and how; full chroma: colour was added
+WRITABLE = {"PNG": {}, "TIFF": {}, "WEBP": {"lossless": True},
+            "JPEG": {"quality": 95, "subsampling": 0}}
 # bytes 24..36 are the time when a profile was made: fixed, so that results are reproducible
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 SRGB = SRGB[:24] + struct.pack(">6H", 2000, 1, 1, 0, 0, 0) + SRGB[36:]
@@ -146,9 +143,10 @@ def write_atomically(path: Path, write) -> None:
 
 
 def content_hash(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
+    """SHA-256 of a file, in hexadecimal; "" where it cannot be read."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+    return ""
 
 
 # ---------------------------------------------------------------------------------- colour
@@ -162,20 +160,11 @@ XYZ_TO_RGB = np.linalg.inv(RGB_TO_XYZ.astype(np.float64)).astype(np.float32)
 
 
 def srgb_to_linear(rgb: np.ndarray) -> np.ndarray:
-    """sRGB (uint8, uint16, or float in 0..1) to linear light in 0..1, float32."""
-    rgb = np.asarray(rgb)
-    if rgb.dtype in (np.uint8, np.uint16):  # a table: there are few values
-        top = np.iinfo(rgb.dtype).max
-        return srgb_to_linear(np.arange(top + 1, dtype=np.float64) / top)[rgb]
-    curved = ((np.maximum(rgb, 0) + 0.055) / 1.055) ** 2.4
-    return np.where(rgb <= 0.04045, rgb / 12.92, curved).astype(np.float32)
-
-
-def linear_to_srgb(linear: np.ndarray) -> np.ndarray:
-    """Linear light to sRGB, both float32 in 0..1, clipped."""
-    linear = np.clip(linear, 0, 1)  # a negative has no power of 1/2.4
-    return np.where(linear <= 0.0031308, linear * 12.92,
-                    1.055 * linear ** np.float32(1 / 2.4) - np.float32(0.055))
+    """sRGB, uint8 or uint16, to linear light in 0..1, float32."""
+    top = np.iinfo(rgb.dtype).max
+    values = np.arange(top + 1) / top  # a table: they are few
+    curved = ((values + 0.055) / 1.055) ** 2.4
+    return np.where(values <= 0.04045, values / 12.92, curved).astype(np.float32)[rgb]
 
 
 def lab_curve(t: np.ndarray) -> np.ndarray:
@@ -184,7 +173,7 @@ def lab_curve(t: np.ndarray) -> np.ndarray:
 
 
 def rgb_to_lab(rgb: np.ndarray) -> np.ndarray:
-    """sRGB (..., 3), uint8, uint16 or float in 0..1, to CIE Lab (..., 3) float32."""
+    """sRGB (..., 3), uint8 or uint16, to CIE Lab (..., 3) float32."""
     f = lab_curve(srgb_to_linear(rgb) @ RGB_TO_XYZ.T / WHITE)  # X, Y, Z against white
     x, y, z = f[..., 0], f[..., 1], f[..., 2]
     return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
@@ -206,9 +195,11 @@ def lab_to_linear(L: np.ndarray, ab: np.ndarray) -> np.ndarray:
     return xyz.astype(np.float32, copy=False) @ (XYZ_TO_RGB * WHITE).T
 
 
-def lab_to_rgb(lab: np.ndarray) -> np.ndarray:
-    """CIE Lab (..., 3) to sRGB (..., 3), float32 in 0..1, clipped."""
-    return linear_to_srgb(lab_to_linear(lab[..., 0], lab[..., 1:]))
+def lab_to_rgb(L: np.ndarray, ab: np.ndarray) -> np.ndarray:
+    """L (...) and ab (..., 2) to sRGB (..., 3), float32 in 0..1, clipped."""
+    linear = np.clip(lab_to_linear(L, ab), 0, 1)  # a negative has no power of 1/2.4
+    return np.where(linear <= 0.0031308, linear * 12.92,
+                    1.055 * linear ** np.float32(1 / 2.4) - np.float32(0.055))
 
 
 def in_gamut(L: np.ndarray, ab: np.ndarray) -> np.ndarray:
@@ -235,7 +226,7 @@ def into_gamut(L: np.ndarray, ab: np.ndarray) -> np.ndarray:
 
 def lab_to_image(L: np.ndarray, ab: np.ndarray) -> Image.Image:
     """L (H, W) and ab (H, W, 2), brought into gamut, as a picture."""
-    rgb = linear_to_srgb(lab_to_linear(L, into_gamut(L, ab)))
+    rgb = lab_to_rgb(L, into_gamut(L, ab))
     return Image.fromarray(np.rint(rgb * 255).astype(np.uint8))
 
 
@@ -245,29 +236,30 @@ class Photo(NamedTuple):
     """One photograph (or page), upright and in sRGB."""
     image: Image.Image          # mode L, RGB or I;16 (16-bit gray)
     alpha: Image.Image | None   # mode L
-    info: dict                  # "exif" (bytes), "dpi": what is written back
+    exif: bytes                 # with dpi: what is written back
+    dpi: tuple | None
     note: str                   # what a user should know of the reading, or ""
 
 
 def find_photos(folder: Path) -> list[Path]:
     """Every photograph below a folder, sorted; what is passed over is said, by reason."""
     readable = {suffix for suffix, kind in Image.EXTENSION.items() if kind in FORMATS}
-    found, passed_over, waiting = [], {}, [Path(folder)]
+    found, passed_over, waiting = [], defaultdict(list), [Path(folder)]
     for here in waiting:  # it grows; os.walk calls itself, too deep for 1,000 folders
         try:
-            paths = [here / name for name in sorted(os.listdir(here)) if name[0] != "."]
+            names = [name for name in sorted(os.listdir(here)) if name[0] != "."]
         except OSError as error:
-            passed_over.setdefault(f"cannot be read: {error.strerror}", []).append(here)
-            continue
-        for path in paths:
+            names, reason = [], f"cannot be read: {error.strerror}"
+            passed_over[reason].append(here)
+        for path in (here / name for name in names):
             if path.is_symlink():  # it may lead to all of the machine, or in a circle
-                passed_over.setdefault("link", []).append(path)
+                passed_over["link"].append(path)
             elif path.is_dir():
                 waiting.append(path)
             elif path.suffix.lower() in readable and path.is_file():  # no pipe
                 found.append(path)
-            elif path.suffix.lower() in UNREADABLE:
-                passed_over.setdefault("format that cannot be read", []).append(path)
+            else:  # such as HEIC, raw, or notes
+                passed_over["no format that can be read"].append(path)
     say_names("passed over", passed_over)
     return sorted(found)
 
@@ -302,22 +294,20 @@ def photos_in(path: Path, max_megapixels: float = MAX_MEGAPIXELS, first: bool = 
     """
     with contextlib.ExitStack() as room:
         with opened(path) as image:
-            sizes, photos = [image.size], []
-            with contextlib.suppress(EOFError):  # how Pillow says that there are no more
-                while image.format == "TIFF" and not first and len(sizes) <= MAX_PAGES:
-                    image.seek(len(sizes))
-                    sizes.append(image.size)
+            one = first or image.format != "TIFF"  # a PSD's pages are parts of one picture
+            pages = [image] if one else ImageSequence.Iterator(image)
+            sizes = [page.size for page in islice(pages, MAX_PAGES + 1)]
             pixels = sum(width * height for width, height in sizes)
             if pixels > max_megapixels * 1e6:  # before memory is taken
                 raise ColorizeError(f"over {max_megapixels:g} megapixels, pages together; "
                                     "reduce it, or raise --max_megapixels")
+            if max(map(max, sizes)) > MAX_SIDE or len(sizes) > MAX_PAGES:
+                raise ColorizeError(f"over {MAX_SIDE} pixels wide or high, or over "
+                                    f"{MAX_PAGES} pages; cut it into pieces")
             # a bomb: scans have a byte for 100 pixels, or more
             if pixels > max(5e7, 2000 * os.path.getsize(path)):
                 raise ColorizeError(f"{pixels / 1e6:.0f} megapixels of next to no bytes; "
                                     "export it anew if it is a photograph")
-            if max(map(max, sizes)) > MAX_SIDE or len(sizes) > MAX_PAGES:
-                raise ColorizeError(f"over {MAX_SIDE} pixels wide or high, or over "
-                                    f"{MAX_PAGES} pages; cut it into pieces")
             share = min(int(pixels / 1e6) + 1, MAX_MEGAPIXELS)  # a larger one is alone
             with ASKING:  # one at a time: two with half of theirs each would wait for ever
                 for _ in range(share):
@@ -325,43 +315,33 @@ def photos_in(path: Path, max_megapixels: float = MAX_MEGAPIXELS, first: bool = 
             room.callback(MEGAPIXELS.release, share)
             if at_least:
                 image.draft(None, (at_least, at_least))  # fast, in the JPEG's decoder
-            for page in range(len(sizes)):
-                if len(sizes) > 1:  # the one picture of a PSD is not its page 0
-                    image.seek(page)
-                photos.append(decode_photo(image, free=True))
+            photos = [decode_photo(pages[n], free=True) for n in range(len(sizes))]
         yield photos
 
 
-def read_photo(path: Path, at_least: int | None = None) -> Photo:
-    """The first photograph of a file, whose sides may be reduced to `at_least`."""
-    with photos_in(path, first=True, at_least=at_least) as (photo,):
-        factor = min(photo.image.size) // at_least if at_least else 1
-        if factor > 1 and photo.image.mode != "I;16":  # small before its room is free
-            photo = photo._replace(image=photo.image.reduce(factor), alpha=None)
+def read_photo(path: Path) -> Photo:
+    """The first photograph of a file."""
+    with photos_in(path, first=True) as (photo,):
         return photo
 
 
 def decode_photo(image: Image.Image, free: bool = False) -> Photo:
     """An opened image, or one in memory, as Photo; free: its own pixels may go."""
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
     layout = str(getattr(image, "tile", [])[:1])  # of the file; gone once it is loaded
     deep = ";16" in layout.replace("BGR;16", "") or "65535" in layout
-    if "args=('R'," in layout and max(image.tag_v2[TAG.BitsPerSample]) > 8:
+    if "args=('R'," in layout and max(tags[TAG.BitsPerSample]) > 8:
         # Pillow takes 16 bits for two pixels there
         raise ColorizeError("its 16-bit colours lie in planes; export it interleaved")
     # GIF, WebP, PNG, AVIF; the others have pages, or layers that are one picture
     animated = image.format in ("GIF", "WEBP", "PNG", "AVIF") and image.is_animated
-    if animated and free:
-        image.seek(0)  # to ask how many there are has moved it
     image.load()
-    white_is_zero = image.format == "TIFF" and image.mode.startswith("I;16") and \
-        image.tag_v2.get(TAG.PhotometricInterpretation) == 0
     dpi, profile = image.info.get("dpi"), image.info.get("icc_profile")
     source, (image, exif) = image, upright(image)
-    if white_is_zero:  # Pillow turns such scans of 8 bits, but not of 16
-        top = 2 ** max(source.tag_v2[TAG.BitsPerSample]) - 1
-        image = Image.fromarray((top - np.asarray(image)).astype(np.uint16))
     if free:
         source.im = None  # or there were 13 bytes for each pixel
+    if image.mode.startswith("I;16") and tags.get(TAG.PhotometricInterpretation) == 0:
+        image = Image.fromarray(~np.asarray(image))  # zero is white; Pillow turns 8 bits
     alpha = None
     if image.mode[0] not in "IF" and image.has_transparency_data:
         image = image.convert("LA" if image.mode in ("1", "L", "LA", "La") else "RGBA")
@@ -371,8 +351,8 @@ def decode_photo(image: Image.Image, free: bool = False) -> Photo:
     if image.mode == "I;16" and 0 < image.getextrema()[1] < 4096:  # 12 bits, in 16
         notes.append("dark: no value over 4095 of 65535; a 12-bit scan needs them times 16")
     notes += ["the first picture of an animation"] * animated + [note] * bool(note)
-    info = {"exif": exif, "dpi": dpi if dpi and all(1 < x < 65536 for x in dpi) else None}
-    return Photo(image, alpha, info, "; ".join(notes))
+    dpi = dpi if dpi and all(1 < x < 65536 for x in dpi) else None  # what files can hold
+    return Photo(image, alpha, exif, dpi, "; ".join(notes))
 
 
 def upright(image: Image.Image) -> tuple[Image.Image, bytes]:
@@ -382,16 +362,15 @@ def upright(image: Image.Image) -> tuple[Image.Image, bytes]:
         image = ImageOps.exif_transpose(image)
         for tag in set(exif) - KEPT_TAGS:
             del exif[tag]
-        for tag in (TAG.ExifImageWidth, TAG.ExifImageHeight):  # before it was turned
+        # sides before it was turned; a maker's note fills most of what a JPEG can hold
+        for tag in (TAG.ExifImageWidth, TAG.ExifImageHeight, TAG.MakerNote):
             exif.get_ifd(ExifTags.IFD.Exif).pop(tag, None)
         # tifffile, OME and ImageJ write there for themselves how the pixels lie
         if str(exif.get(TAG.ImageDescription)).startswith(('{"', "<?xml", "ImageJ=")):
             del exif[TAG.ImageDescription]
-        if len(exif.tobytes()) > 60_000:  # a JPEG holds 64 kB; most is the maker's note
-            exif.get_ifd(ExifTags.IFD.Exif).pop(TAG.MakerNote, None)
         data = exif.tobytes()
         Image.Exif().load(data)  # raises here what would be raised in writing
-        return image, data if len(data) <= 60_000 else b""
+        return image, data if len(data) <= 60_000 else b""  # a JPEG holds 64 kB
     except Exception:  # a damaged block ends in many kinds; the pixels matter
         return image.copy(), b""
 
@@ -435,21 +414,20 @@ def tone_of(image: Image.Image) -> str:
 
 # ------------------------------------------------------------------------- a photograph out
 
-def check_target(path: Path, size: tuple[int, int] = (1, 1)) -> str:
-    """The format for a picture of this size at path; ColorizeError before the work."""
+def check_target(path: Path) -> str:
+    """The format for a picture at path; ColorizeError before the work."""
     kind = Image.EXTENSION.get(path.suffix.lower())
     if kind not in WRITABLE:
         raise ColorizeError(f"{path}: '{path.suffix}' is no picture format that can be "
                             "written; use .png, .jpg, .tif or .webp")
     # the nearest that exists; the folders below it will be made
     folder = next(p for p in path.absolute().parents if os.path.exists(p))
-    if max(size) > WRITABLE[kind][0] or len(os.fsencode(path.name)) > 255:
-        reason = f"{kind} sides end at {WRITABLE[kind][0]} pixels, names at 255 bytes"
-    elif os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        reason = f"it is a folder, or {folder} is none that you may write in"
-    else:
-        return kind
-    raise ColorizeError(f"{path}: cannot be written ({reason}); name another place")
+    if os.path.isdir(path) or len(os.fsencode(path.name)) > 255 or \
+            not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise ColorizeError(f"{path}: cannot be written (it is a folder, its name has over "
+                            f"255 bytes, or {folder} is none that you may write in); name "
+                            "another place")
+    return kind
 
 
 def made_with(path: Path) -> str:
@@ -466,23 +444,19 @@ def made_with(path: Path) -> str:
 
 def write_photo(path: Path, pages: list, photo: Photo, description: str = "") -> str:
     """Write pages (RGB, RGBA; or one uint16 array as TIFF); what was lost, or ""."""
-    first, dpi, remark = pages[0], photo.info["dpi"], ""
-    deep = isinstance(first, np.ndarray)
-    kind = check_target(path, first.shape[1::-1] if deep else first.size)
+    kind, first, dpi, lost = check_target(path), pages[0], photo.dpi, ""
     if kind == "JPEG" and first.mode == "RGBA":
-        first = first.convert("RGB")
-        remark = "transparency was left out, JPEG has none"
-    options = {"icc_profile": SRGB} | WRITABLE[kind][1] | ({"dpi": dpi} if dpi else {})
-    if len(pages) > 1:
-        options |= {"save_all": True, "append_images": pages[1:]}
+        first, lost = first.convert("RGB"), "transparency was left out, JPEG has none"
+    options = WRITABLE[kind] | ({"dpi": dpi} if dpi else {}) | {
+        "icc_profile": SRGB, "save_all": len(pages) > 1, "append_images": pages[1:]}
     exif = Image.Exif()
-    exif.load(photo.info["exif"])  # the photograph's own, and how its result was made
+    exif.load(photo.exif)  # the photograph's own, and how its result was made
     words = str(exif.get(TAG.ImageDescription) or "").split(MADE)[0].rstrip("; ")
     exif[TAG.ImageDescription] = "; ".join(filter(None, [words, description]))
     exif[TAG.Software] = f"colorize {VERSION}"
 
     def write(temporary):
-        if not deep:
+        if isinstance(first, Image.Image):
             return first.save(temporary, kind, exif=exif, **options)
         import tifffile  # Pillow writes no 16-bit colour; here: seldom needed, slow to load
         # (tag, type 2 for text, count, value, once); Latin-1: as Pillow has decoded them
@@ -492,7 +466,7 @@ def write_photo(path: Path, pages: list, photo: Photo, description: str = "") ->
                          resolution=dpi or (72, 72), resolutionunit="inch",
                          iccprofile=SRGB, extratags=texts)
     write_atomically(path, write)
-    return remark
+    return lost
 
 
 def working_copy(image: Image.Image, size: int, enlarge: float = 1.0) -> Image.Image:
@@ -501,7 +475,7 @@ def working_copy(image: Image.Image, size: int, enlarge: float = 1.0) -> Image.I
     scale = min(enlarge, size / min(image.size), 4 * size / max(image.size))
     sides = [max(round(side * scale), 1) for side in image.size]
     if scale != 1:
-        sides = [max(round(side / 4) * 4, 1) if side >= 32 else side for side in sides]
+        sides = [round(side / 4) * 4 if side >= 32 else side for side in sides]
     if image.mode == "I;16":  # 8 bits will do for the network
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.resize(sides, Image.Resampling.LANCZOS, reducing_gap=3.0)
@@ -531,24 +505,20 @@ def guided_upsampler(L_small: np.ndarray, ab: np.ndarray, width: int, height: in
     def enlarge(L, top):
         """L (rows, W), the photograph's from row `top` on, to ab (rows, W, 2)."""
         box = (0, top * scale, planes[0].width, (top + len(L)) * scale)
-        L_up, a, b, slope_a, slope_b = (
-            np.asarray(plane.resize((width, len(L)), Image.Resampling.BICUBIC, box=box))
-            for plane in planes)
-        detail = L - L_up
-        return np.stack([a + slope_a * detail, b + slope_b * detail], axis=-1)
+        up = np.dstack([plane.resize((width, len(L)), Image.Resampling.BICUBIC, box=box)
+                        for plane in planes])  # (rows, W, 5)
+        return up[..., 1:3] + up[..., 3:] * (L - up[..., 0])[..., None]
     return enlarge
 
 
 def picture_sheet(tiles: list[Image.Image], columns: int, captions: list[str],
                   side: int) -> Image.Image:
     """Pictures in a grid, each in side x side pixels, with captions below."""
-    width, height = side + 4, side + 20
-    rows = -(-len(tiles) // columns)
+    width, height, rows = side + 4, side + 20, -(-len(tiles) // columns)
     sheet = Image.new("RGB", (columns * width + 4, rows * height + 4), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     for i, (tile, caption) in enumerate(zip(tiles, captions)):
         x, y = 4 + i % columns * width, 4 + i // columns * height
-        tile = ImageOps.pad(tile.convert("RGB"), (side, side), color="white")
-        sheet.paste(tile, (x, y))
+        sheet.paste(ImageOps.pad(tile.convert("RGB"), (side, side), color="white"), (x, y))
         draw.text((x + side // 2, y + side + 1), caption, "black", font, "ma")
     return sheet

@@ -29,7 +29,9 @@ def made_photo(seed: int, width: int = 96, height: int = 80) -> Image.Image:
     for _ in range(4):
         cx, cy, radius = random.uniform(0.1, 0.9, 3) * [1, 1, 0.3]
         lab[np.hypot(x - cx, y - cy) < radius] = random.uniform([25, -45, -45], [85, 45, 45])
-    return Image.fromarray(np.rint(lab_to_rgb(lab.astype(np.float32)) * 255).astype(np.uint8))
+    lab = lab.astype(np.float32)
+    rgb = lab_to_rgb(lab[..., 0], lab[..., 1:])
+    return Image.fromarray(np.rint(rgb * 255).astype(np.uint8))
 
 
 def gray_photo(seed=0, width=96, height=80) -> Image.Image:
