@@ -14,7 +14,7 @@ import os
 import shutil
 import zipfile
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path, PureWindowsPath
 
@@ -23,9 +23,9 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms.v2 import functional as transforms
 
-from photo import (MIN_CHROMA, ColorizeError, content_hash, find_photos, lab_to_image,
+from photo import (FORMATS, MIN_CHROMA, ColorizeError, content_hash, lab_to_image,
                    lab_to_linear, ordered_map, photos_in, picture_sheet, progress,
-                   rgb_to_lab, say, say_names, write_atomically)
+                   rgb_to_lab, say, write_atomically)
 
 MAX_LIST = 30 << 20     # bytes of a zip's list: 300,000 files of 46 bytes and a name each
 MAX_RATIO = 200         # of all contents to the zip, from 1 MB on; photographs: 1 to 2
@@ -41,7 +41,37 @@ MIN_SIDE = 64       # smaller photographs, enlarged over four times, teach blur
 MIN_CROP = 0.35
 
 
-# ------------------------------------------------------------------------------- importing
+# ---------------------------------------------------------------------- folders and imports
+
+def say_names(what: str, names_of: dict[str, list]) -> None:
+    """A line for each reason, with the names of three."""
+    for reason, names in names_of.items():
+        more = ", ..." * (len(names) > 3)
+        say(f"{len(names)} {what}, {reason}: {', '.join(map(str, names[:3]))}{more}")
+
+
+def find_photos(folder: Path) -> list[Path]:
+    """Every photograph below a folder, sorted; what is passed over is said, by reason."""
+    readable = {suffix for suffix, kind in Image.EXTENSION.items() if kind in FORMATS}
+    found, passed_over, waiting = [], defaultdict(list), [Path(folder)]
+    for here in waiting:  # it grows; os.walk calls itself, too deep for 1,000 folders
+        try:
+            names = [name for name in sorted(os.listdir(here)) if name[0] != "."]
+        except OSError as error:
+            names, reason = [], f"cannot be read: {error.strerror}"
+            passed_over[reason].append(here)
+        for path in (here / name for name in names):
+            if path.is_symlink():  # it may lead to all of the machine, or in a circle
+                passed_over["link"].append(path)
+            elif path.is_dir():
+                waiting.append(path)
+            elif path.suffix.lower() in readable and path.is_file():  # no pipe
+                found.append(path)
+            else:  # such as HEIC, raw, or notes
+                passed_over["no format that can be read"].append(path)
+    say_names("passed over", passed_over)
+    return sorted(found)
+
 
 def unpack(source: Path, folder: Path) -> None:
     """All of a zip into a new folder; ColorizeError where it is hostile or damaged."""

@@ -28,7 +28,8 @@ from skimage.metrics import structural_similarity
 from colorize_data import SIDE
 from controls import Controls, read_controls
 from inference import colorize, load_model
-from photo import (ColorizeError, FlagError, content_hash, find_photos, lab_to_image,
+from colorize_data import find_photos
+from photo import (ColorizeError, FlagError, content_hash, lab_to_image,
                    lab_to_rgb, lightness, ordered_map, picture_sheet, printable, progress,
                    read_photo, rgb_to_lab, say, tone_of, working_copy, write_atomically)
 

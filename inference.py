@@ -29,8 +29,9 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from basic_model import PRETRAINED, ColorNet, choose_device, load_checkpoint, upsample
 from controls import (MOODS, Controls, agree, apply_controls, fixed_dabs, fixed_points,
                       hint_correction, likeness_of, propagate_hints, read_controls, vary)
+from colorize_data import find_photos
 from photo import (MADE, VERSION, ColorizeError, FlagError, Photo, check_target,
-                   content_hash, decode_photo, find_photos, guided_upsampler, into_gamut,
+                   content_hash, decode_photo, guided_upsampler, into_gamut,
                    lab_to_rgb, lightness, made_with, ordered_map,
                    photos_in, picture_sheet, printable, progress, read_photo, say, tone_of,
                    working_copy, write_photo)

@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 import warnings
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from io import BytesIO
@@ -76,13 +75,6 @@ def say(text: str, result: bool = False) -> None:
         if sys.stderr.isatty():  # a bar stands there; its next item draws it again
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
         print(printable(text), file=sys.stdout if result else sys.stderr, flush=True)
-
-
-def say_names(what: str, names_of: dict[str, list]) -> None:
-    """A line for each reason, with the names of three."""
-    for reason, names in names_of.items():
-        more = ", ..." * (len(names) > 3)
-        say(f"{len(names)} {what}, {reason}: {', '.join(map(str, names[:3]))}{more}")
 
 
 def progress(items, total: int, label: str):
@@ -239,29 +231,6 @@ class Photo(NamedTuple):
     exif: bytes                 # with dpi: what is written back
     dpi: tuple | None
     note: str                   # what a user should know of the reading, or ""
-
-
-def find_photos(folder: Path) -> list[Path]:
-    """Every photograph below a folder, sorted; what is passed over is said, by reason."""
-    readable = {suffix for suffix, kind in Image.EXTENSION.items() if kind in FORMATS}
-    found, passed_over, waiting = [], defaultdict(list), [Path(folder)]
-    for here in waiting:  # it grows; os.walk calls itself, too deep for 1,000 folders
-        try:
-            names = [name for name in sorted(os.listdir(here)) if name[0] != "."]
-        except OSError as error:
-            names, reason = [], f"cannot be read: {error.strerror}"
-            passed_over[reason].append(here)
-        for path in (here / name for name in names):
-            if path.is_symlink():  # it may lead to all of the machine, or in a circle
-                passed_over["link"].append(path)
-            elif path.is_dir():
-                waiting.append(path)
-            elif path.suffix.lower() in readable and path.is_file():  # no pipe
-                found.append(path)
-            else:  # such as HEIC, raw, or notes
-                passed_over["no format that can be read"].append(path)
-    say_names("passed over", passed_over)
-    return sorted(found)
 
 
 @contextlib.contextmanager

@@ -17,10 +17,10 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from basic_model import load_checkpoint  # noqa: E402
-from colorize_data import ColorizeData, decode_lab, prepare  # noqa: E402
+from colorize_data import ColorizeData, decode_lab, find_photos, prepare  # noqa: E402
 from evaluate import score, summarize  # noqa: E402
 from inference import colorize  # noqa: E402
-from photo import (find_photos, lab_to_image, picture_sheet, read_photo, working_copy)  # noqa: E402
+from photo import (lab_to_image, picture_sheet, read_photo, working_copy)  # noqa: E402
 from train import train  # noqa: E402
 
 BATCH, SIZE, SCORED = 32, 128, 400

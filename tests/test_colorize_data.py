@@ -20,9 +20,9 @@ from PIL import Image
 from skimage import color
 
 import colorize_data
-from colorize_data import (SIDE, ColorizeData, decode_lab, encode_lab, import_photos,
-                           old_photograph, prepare)
-from photo import ColorizeError, find_photos, rgb_to_lab
+from colorize_data import (SIDE, ColorizeData, decode_lab, encode_lab, find_photos,
+                           import_photos, old_photograph, prepare)
+from photo import ColorizeError, rgb_to_lab
 
 
 def test_storage_loses_at_most_half_a_unit():

@@ -23,8 +23,9 @@ from PIL import (EpsImagePlugin, ExifTags, Image, ImageCms, ImageFile, ImageFilt
 from skimage import color
 
 import photo as photo_module
+from colorize_data import find_photos
 from conftest import made_photo
-from photo import (FORMATS, ColorizeError, Photo, check_target, find_photos, in_gamut,
+from photo import (FORMATS, ColorizeError, Photo, check_target, in_gamut,
                    into_gamut, lab_to_rgb, lightness, made_with, ordered_map, photos_in,
                    printable, progress, read_photo, rgb_to_lab, say, tone_of,
                    write_atomically, write_photo)
