@@ -25,13 +25,14 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.nn import functional as F
 
 from basic_model import PRETRAINED, ColorNet, choose_device, load_checkpoint, upsample
 from controls import (MOODS, Controls, agree, apply_controls, fixed_dabs, fixed_points,
                       hint_correction, likeness_of, propagate_hints, read_controls, vary)
 from colorize_data import find_photos
 from photo import (MADE, VERSION, ColorizeError, FlagError, Photo, check_target,
-                   content_hash, decode_photo, guided_upsampler, into_gamut,
+                   content_hash, decode_photo, into_gamut,
                    lab_to_rgb, lightness, made_with, ordered_map,
                    photos_in, picture_sheet, printable, progress, read_photo, say, tone_of,
                    working_copy, write_photo)
@@ -85,6 +86,36 @@ def predict(model: ColorNet, image: Image.Image, size: int) -> Prediction:
         raise ColorizeError("the checkpoint gives colours that are not finite: it is "
                             "damaged; use another --model")
     return Prediction(L, values, likeness, places)
+
+
+def guide_slope(L: np.ndarray, ab: np.ndarray) -> np.ndarray:
+    """The guided filter's mean coefficient (h, w, 2), in ab units a unit of L; radius 1."""
+    def mean(x):
+        return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+    guide, colors = (torch.from_numpy(x).double() for x in (L[None], ab.transpose(2, 0, 1)))
+    variance = mean(guide ** 2) - mean(guide) ** 2
+    covariance = mean(guide * colors) - mean(guide) * mean(colors)
+    slope = mean(covariance / (variance + 10))  # epsilon: 1e-3 for L in 0..1, here 0..100
+    return slope.permute(1, 2, 0).float().numpy()
+
+
+def guided_upsampler(L_small: np.ndarray, ab: np.ndarray, width: int, height: int):
+    """A function that gives ab at the photograph's size, edge-aware, any rows at a time.
+
+    bicubic(ab) + a * (L - bicubic(L_small)); a: the regression of ab (h, w, 2) on L_small
+    (h, w), both at the network's resolution, of the guided filter (He and Sun 2015).
+    """
+    planes = np.dstack([L_small, ab, guide_slope(L_small, ab)]).transpose(2, 0, 1)
+    planes = [Image.fromarray(np.ascontiguousarray(plane)) for plane in planes]
+    scale = len(L_small) / height
+
+    def enlarge(L, top):
+        """L (rows, W), the photograph's from row `top` on, to ab (rows, W, 2)."""
+        box = (0, top * scale, planes[0].width, (top + len(L)) * scale)
+        up = np.dstack([plane.resize((width, len(L)), Image.Resampling.BICUBIC, box=box)
+                        for plane in planes])  # (rows, W, 5)
+        return up[..., 1:3] + up[..., 3:] * (L - up[..., 0])[..., None]
+    return enlarge
 
 
 def render(image: Image.Image, L_small: np.ndarray, ab: np.ndarray, hints: tuple = (),

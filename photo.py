@@ -1,4 +1,4 @@
-"""Photographs in and out of files, ICC, EXIF; Lab, gamut, edges; sheets; errors, progress.
+"""Photographs in and out of files, ICC, EXIF; Lab, gamut; sheets; errors, progress.
 
 Units: L is 0..100, ab are CIE units, Lab is of sRGB under D65 and the 2-degree observer.
 """
@@ -22,9 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps, ImageSequence
-from torch.nn import functional as F
 
 VERSION = "2.0"
 MADE = "Colours added by colorize"  # how the description of a result begins
@@ -448,36 +446,6 @@ def working_copy(image: Image.Image, size: int, enlarge: float = 1.0) -> Image.I
     if image.mode == "I;16":  # 8 bits will do for the network
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.resize(sides, Image.Resampling.LANCZOS, reducing_gap=3.0)
-
-
-def guide_slope(L: np.ndarray, ab: np.ndarray) -> np.ndarray:
-    """The guided filter's mean coefficient (h, w, 2), in ab units a unit of L; radius 1."""
-    def mean(x):
-        return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-    guide, colors = (torch.from_numpy(x).double() for x in (L[None], ab.transpose(2, 0, 1)))
-    variance = mean(guide ** 2) - mean(guide) ** 2
-    covariance = mean(guide * colors) - mean(guide) * mean(colors)
-    slope = mean(covariance / (variance + 10))  # epsilon: 1e-3 for L in 0..1, here 0..100
-    return slope.permute(1, 2, 0).float().numpy()
-
-
-def guided_upsampler(L_small: np.ndarray, ab: np.ndarray, width: int, height: int):
-    """A function that gives ab at the photograph's size, edge-aware, any rows at a time.
-
-    bicubic(ab) + a * (L - bicubic(L_small)); a: the regression of ab (h, w, 2) on L_small
-    (h, w), both at the network's resolution, of the guided filter (He and Sun 2015).
-    """
-    planes = np.dstack([L_small, ab, guide_slope(L_small, ab)]).transpose(2, 0, 1)
-    planes = [Image.fromarray(np.ascontiguousarray(plane)) for plane in planes]
-    scale = len(L_small) / height
-
-    def enlarge(L, top):
-        """L (rows, W), the photograph's from row `top` on, to ab (rows, W, 2)."""
-        box = (0, top * scale, planes[0].width, (top + len(L)) * scale)
-        up = np.dstack([plane.resize((width, len(L)), Image.Resampling.BICUBIC, box=box)
-                        for plane in planes])  # (rows, W, 5)
-        return up[..., 1:3] + up[..., 3:] * (L - up[..., 0])[..., None]
-    return enlarge
 
 
 def picture_sheet(tiles: list[Image.Image], columns: int, captions: list[str],

@@ -23,8 +23,9 @@ sys.path.insert(0, str(ROOT))
 from basic_model import (PRETRAINED, ColorNet, load_checkpoint, read_checkpoint,  # noqa: E402
                          save_checkpoint, use_bf16)
 from colorize_data import ColorizeData, decode_lab, find_photos, prepare  # noqa: E402
-from inference import colorize, inference, predict  # noqa: E402
-from photo import guide_slope, guided_upsampler, lightness, working_copy  # noqa: E402
+from inference import (colorize, guide_slope, guided_upsampler,  # noqa: E402
+                       inference, predict)
+from photo import lightness, working_copy  # noqa: E402
 from train import train  # noqa: E402
 
 SAMPLES = ROOT / "data" / "input"
