@@ -1,4 +1,4 @@
-"""Colour for gray photographs: colorize(); one photograph, a folder, an address.
+"""Colour for gray photographs: colorize(); one photograph, several, a folder.
 
     python main.py inference --image x.png --model checkpoints/best_model.tar
     python main.py inference --image archive/ --output coloured/ --mood warm
@@ -10,16 +10,10 @@
 L of the photograph is kept to rounding; the network only adds ab.
 """
 
-import os
-import tempfile
 import time
-import urllib.parse
-import urllib.request
 from collections import Counter
-from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from threading import Thread
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -28,18 +22,15 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.nn import functional as F
 
 from basic_model import PRETRAINED, ColorNet, choose_device, load_checkpoint, upsample
+from colorize_data import find_photos
 from controls import (MOODS, Controls, agree, apply_controls, fixed_dabs, fixed_points,
                       hint_correction, likeness_of, propagate_hints, read_controls, vary)
-from colorize_data import find_photos
 from photo import (MADE, VERSION, ColorizeError, FlagError, Photo, check_target,
-                   content_hash, decode_photo, into_gamut,
-                   lab_to_rgb, lightness, made_with, ordered_map,
-                   photos_in, picture_sheet, printable, progress, read_photo, say, tone_of,
+                   content_hash, decode_photo, into_gamut, lab_to_rgb, lightness, made_with,
+                   ordered_map, photos_in, picture_sheet, progress, read_photo, say, tone_of,
                    working_copy, write_photo)
 
 STRIP = 1 << 19           # pixels of full resolution in memory at a time
-MAX_DOWNLOAD = 200 << 20  # bytes
-DEADLINE = 45             # seconds for a download, all of it
 ENLARGE = 2.0             # at most, of photographs smaller than the working size
 # working sizes asked, as shares of --size, and their weights: the small one sees things
 # whole, the large one small figures; mirror images and a third size gained nothing
@@ -206,38 +197,6 @@ def load_model(model: str | Path | None, device: str) -> tuple[ColorNet, Path, d
     return network, path, contents
 
 
-def download(url: str, folder: Path) -> Path:
-    """Fetch an http(s) address into a folder, within MAX_DOWNLOAD bytes and DEADLINE."""
-    if not url.startswith(("http://", "https://")):
-        raise ColorizeError(f"{url}: only http and https are fetched; download it yourself")
-    content = Future()
-
-    def fetch():
-        try:
-            with urllib.request.urlopen(url, timeout=30) as response:
-                if not response.url.startswith("http"):  # after redirections
-                    raise ValueError("it leads to something else than http")
-                content.set_result(response.read(MAX_DOWNLOAD + 1))
-        except Exception as error:
-            content.set_exception(error)
-    # in a thread that may be left behind: names, headers and bytes can each drip for ever
-    Thread(target=fetch, daemon=True).start()
-    try:
-        got = content.result(DEADLINE)  # raises what fetch met, or TimeoutError
-        if len(got) > MAX_DOWNLOAD:
-            raise ValueError(f"it is over {MAX_DOWNLOAD >> 20} MB")
-        name = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name
-        # a folder for each: two addresses may end in one name
-        path = Path(tempfile.mkdtemp(dir=folder)) / (name or "photograph")
-        path.write_bytes(got)
-        os.utime(path, (0, 0))  # older than any result: what is there stays
-    except Exception as error:  # what servers do ends in many kinds
-        reason = printable(getattr(error, "reason", error))[:200] or "it takes too long"
-        raise ColorizeError(f"{url}: cannot be fetched ({reason}); download it "
-                            "yourself") from None
-    return path
-
-
 class Job(NamedTuple):
     """What a run does to each photograph; the same for all of them."""
     model: ColorNet
@@ -250,16 +209,18 @@ class Job(NamedTuple):
     invert: bool
 
 
-def plan_outputs(images: list[str], output: Path, downloads: Path, ending: str,
+def plan_outputs(images: list[str], output: Path, ending: str,
                  extension: str | None) -> list[tuple[Path, Path]]:
-    """(photograph, result) of all that was asked for: files, folders and addresses."""
+    """(photograph, result) of all that was asked for: files and folders."""
     plan = {}
 
     def put(source, folder):  # a TIFF for a TIFF, else a PNG, or as asked
         own = "tif" if source.suffix.lower() in TIFF else "png"
         plan[source] = folder / f"{source.stem}_{ending}.{extension or own}"
     for image in images:
-        source = download(image, downloads) if "://" in image else Path(image)
+        if "://" in image:
+            raise ColorizeError(f"{image}: is an address; download it and name the file")
+        source = Path(image)
         if not source.is_dir():  # nor need it exist: that is said when it is read
             put(source, output)
             continue
@@ -396,10 +357,10 @@ def inference(*, image: list[str] = ("data/input/val",), model: str | None = Non
               variant: int = 0, strength: float = 1.0, saturation: float | None = None,
               hints: str | None = None, sheet: bool = False, compare: bool = False,
               grid: bool = False) -> None:
-    """Colour gray photographs: files, folders of them, or http addresses.
+    """Colour gray photographs: files, or folders of them.
 
     What and where:
-    image: photographs, folders or addresses
+    image: photographs or folders
     model: checkpoint; else checkpoints/best_model.tar, else the shipped one
     output: folder for NAME_color.png, or a file (its extension is the format)
     overwrite: replace files that this program did not make, too
@@ -446,14 +407,13 @@ def inference(*, image: list[str] = ("data/input/val",), model: str | None = Non
              if value not in (None, ())]
     description = ", ".join([f"{MADE} {VERSION}", *words])
     job = Job(network, size, controls, kind, description, max_megapixels, overwrite, invert)
-    with tempfile.TemporaryDirectory() as downloads:  # gone with the run
-        # a caller from Python may give one path
-        images = [image] if isinstance(image, (str, Path)) else image
-        plan = plan_outputs([str(name) for name in images], Path(output), Path(downloads),
-                            kind if suffix == "color" else suffix, format)
-        if hints and len(plan) > 1:
-            raise FlagError("--hints are for one photograph, not several")
-        run_plan(job, plan)
+    # a caller from Python may give one path
+    images = [image] if isinstance(image, (str, Path)) else image
+    plan = plan_outputs([str(name) for name in images], Path(output),
+                        kind if suffix == "color" else suffix, format)
+    if hints and len(plan) > 1:
+        raise FlagError("--hints are for one photograph, not several")
+    run_plan(job, plan)
 
 
 def run_plan(job: Job, plan: list[tuple[Path, Path]]) -> None:

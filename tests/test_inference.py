@@ -1,15 +1,10 @@
-"""Colouring one photograph, files, folders, addresses; formats, edges, memory."""
+"""Colouring one photograph, files, folders; formats, edges, memory."""
 
 import errno
-import io
 import os
 import re
-import socketserver
 import subprocess
 import sys
-import threading
-import time
-import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -459,78 +454,10 @@ def test_a_result_that_cannot_be_written_leaves_nothing_and_the_rest_whole(
     assert files(tmp_path / "out") == ["a_color.png", "c_color.png"]
 
 
-# ------------------------------------------------------------------------------- addresses
-
-class Site(socketserver.StreamRequestHandler):
-    """Answers by the path asked for, dripping where it says so."""
-    photo = b""
-
-    def handle(self):
-        path = self.rfile.readline().split()[1].decode()
-        while self.rfile.readline().strip():
-            pass
-        good = b"HTTP/1.0 200 OK\r\n\r\n"
-        answer = {"/text.png": good + b"no photograph", "/evil.png":
-                  b"HTTP/1.0 500 \x1b[31mred\x07\r\n\r\n", "/elsewhere":
-                  b"HTTP/1.0 302 Go\r\nLocation: ftp://127.0.0.1:1/a.png\r\n\r\n",
-                  "/missing.png": b"HTTP/1.0 404 Gone\r\n\r\n", "/body.png": good + b"x",
-                  "/header.png": good[:-2] + b"X: ", "/no.png": b"SSH-2.0-Open\r\n"}
-        self.wfile.write(answer.get(path, good + self.photo))
-        while path in ("/body.png", "/header.png"):
-            self.wfile.write(b"x")
-            time.sleep(0.05)
-
-
-@pytest.fixture(scope="session")
-def site(tmp_path_factory):
-    path = tmp_path_factory.mktemp("site") / "photo.png"
-    gray_photo().save(path)
-    Site.photo = path.read_bytes()
-    server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Site)
-    server.daemon_threads, server.handle_error = True, lambda *arguments: None
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.mark.parametrize("path, name", [("photo.png", "photo"), ("..%2F..%2Fup.png", "up")])
-def test_a_photograph_at_an_address_is_coloured(run, site, tmp_path, path, name):
-    run(f"{site}/{path}", tmp_path)
-    assert files(tmp_path) == [f"{name}_color.png"]
-    assert Image.open(tmp_path / f"{name}_color.png").size == (96, 80)
-
-
-def test_two_addresses_of_one_name_are_not_taken_for_one(site, tmp_path):
-    one, two = (inference.download(f"{site}/{n}/photo.png", tmp_path) for n in (1, 2))
-    assert one != two and one.read_bytes() == two.read_bytes() == Site.photo
-
-
-@pytest.mark.parametrize("address, words", [
-    ("{site}/missing.png", "404|Gone"), ("{site}/text.png", "photo|text"), ("{site}/..", "fetched"),
-    ("{site}/elsewhere", "fetched"), ("{site}/evil.png", "fetched"), ("{site}/no.png", "fetched"),
-    ("ftp://127.0.0.1/a.png", "only http"), ("file:///etc/hostname", "only http"),
-    ("http://127.0.0.1:1/a.png", "fetched"), ("http://[bad/a.png", "fetched"),
-    ("http:///a.png", "fetched"), ("{site}/a%00.png", "fetched"), ("{site}/a b.png", "fetched")])
-def test_an_address_that_gives_no_photograph_is_one_printable_line(site, tmp_path, address, words):
-    with pytest.raises(ColorizeError, match=words) as error:
-        inference.read_photo(inference.download(address.format(site=site), tmp_path))
-    assert str(error.value).isprintable() and not list(tmp_path.rglob("*_color*"))
-
-
-@pytest.mark.parametrize("part", ["body", "header"])
-def test_a_server_that_drips_for_ever_ends_at_the_deadline(site, tmp_path, monkeypatch, part):
-    monkeypatch.setattr(inference, "DEADLINE", 0.5)
-    begin = time.monotonic()
-    with pytest.raises(ColorizeError, match=f"{site}/{part}.png.*too long"):
-        inference.download(f"{site}/{part}.png", tmp_path)
-    assert time.monotonic() - begin < 10
-
-
-def test_a_download_has_a_limit(site, tmp_path, monkeypatch):
-    monkeypatch.setattr(inference, "MAX_DOWNLOAD", 100)
-    with pytest.raises(ColorizeError, match="over"):
-        inference.download(f"{site}/photo.png", tmp_path)
+@pytest.mark.parametrize("address", ["http://127.0.0.1:1/a.png", "file:///etc/hostname"])
+def test_an_address_is_told_from_a_missing_file(tmp_path, address):
+    with pytest.raises(ColorizeError, match=f"{address}: is an address; download it"):
+        inference.inference(image=[address], output=tmp_path)
 
 
 # --------------------------------------------------------------------------------- memory
@@ -577,15 +504,6 @@ def test_an_output_above_the_photographs_hides_none_and_one_below_them_holds_res
 def test_what_is_no_picture_is_refused_in_words_and_not_taken_for_a_dark_one(models, image):
     with pytest.raises(ColorizeError, match="uint8 .H, W. or .H, W, 3., or of uint16"):
         colorize(models["ab"], image, 32)
-
-
-def test_what_a_redirection_fetched_by_another_scheme_is_not_taken(tmp_path, monkeypatch):
-    answer = io.BytesIO(b"secret")
-    answer.url = "ftp://127.0.0.1/a.png"
-    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: answer)
-    with pytest.raises(ColorizeError, match="http://a/a.png: .*something else than http"):
-        inference.download("http://a/a.png", tmp_path)
-    assert files(tmp_path) == []
 
 
 @pytest.mark.parametrize("flags", [{"mood": "warm"}, {"hints": "5,5,#ff0000"}, {"saturation": 2.0}])
