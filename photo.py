@@ -450,12 +450,16 @@ def working_copy(image: Image.Image, size: int, enlarge: float = 1.0) -> Image.I
 
 def picture_sheet(tiles: list[Image.Image], columns: int, captions: list[str],
                   side: int) -> Image.Image:
-    """Pictures in a grid, each in side x side pixels, with captions below."""
-    width, height, rows = side + 4, side + 20, -(-len(tiles) // columns)
-    sheet = Image.new("RGB", (columns * width + 4, rows * height + 4), "white")
+    """Pictures in rows, each within side x side pixels, with captions below."""
+    tiles = [ImageOps.contain(tile.convert("RGB"), (side, side)) for tile in tiles]
+    # a row is as high as its highest picture: paper stays white only where shapes differ
+    heights = [max(tile.height for tile in tiles[n:n + columns]) + 20
+               for n in range(0, len(tiles), columns)]
+    width = max(tile.width for tile in tiles) + 4
+    sheet = Image.new("RGB", (columns * width + 4, sum(heights) + 4), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    for i, (tile, caption) in enumerate(zip(tiles, captions)):
-        x, y = 4 + i % columns * width, 4 + i // columns * height
-        sheet.paste(ImageOps.pad(tile.convert("RGB"), (side, side), color="white"), (x, y))
-        draw.text((x + side // 2, y + side + 1), caption, "black", font, "ma")
+    for n, (tile, caption) in enumerate(zip(tiles, captions)):
+        x, y = 4 + n % columns * width + width // 2, 4 + sum(heights[:n // columns])
+        sheet.paste(tile, (x - tile.width // 2, y))
+        draw.text((x, y + heights[n // columns] - 18), caption, "black", font, "ma")
     return sheet

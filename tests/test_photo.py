@@ -25,10 +25,10 @@ from skimage import color
 import photo as photo_module
 from colorize_data import find_photos
 from conftest import made_photo
-from photo import (FORMATS, ColorizeError, Photo, check_target, in_gamut,
-                   into_gamut, lab_to_rgb, lightness, made_with, ordered_map, photos_in,
-                   printable, progress, read_photo, rgb_to_lab, say, tone_of,
-                   write_atomically, write_photo)
+from photo import (FORMATS, ColorizeError, Photo, check_target, in_gamut, into_gamut,
+                  lab_to_rgb, lightness, made_with, ordered_map, photos_in, picture_sheet,
+                  printable, progress, read_photo, rgb_to_lab, say, tone_of,
+                  write_atomically, write_photo)
 
 
 # what Pillow says of damaged files; the project silences it, pytest brings it back
@@ -711,3 +711,13 @@ def test_no_reader_of_programs_is_even_asked(tmp_path, monkeypatch, kind):
     with pytest.raises(ColorizeError):
         read_photo(tmp_path / "x.jpg")
     assert not asked
+
+
+def test_a_sheet_is_cut_to_its_pictures_row_by_row():
+    wide, high = Image.new("RGB", (90, 30), "red"), Image.new("L", (30, 60), 0)
+    sheet = picture_sheet([wide, wide, high, wide], 2, ["a", "b", "c", "d"], 60)
+    pixels = np.asarray(sheet)
+    assert sheet.size == (2 * 64 + 4, (20 + 20) + (60 + 20) + 4)  # a wide one is 60 x 20
+    red, black = (pixels == [255, 0, 0]).all(axis=2), (pixels == 0).all(axis=2)
+    assert red[:24].sum() == 2 * 60 * 20 and red[44:].sum() == 60 * 20
+    assert black[44:104].sum() == 30 * 60
