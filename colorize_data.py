@@ -316,29 +316,26 @@ def write_array(data: Path, split: str, hashes: dict, workers: int) -> dict:
 # --------------------------------------------------------------------------------- batches
 
 class ColorizeData(torch.utils.data.Dataset):
-    """Batches of stored Lab, gathered from memory-mapped arrays, one after the other.
+    """Photographs of a memory-mapped array as stored Lab (3, size, size), uint8.
 
     Sample n is number n of an endless stream: epoch n // len, position n % len, shuffled
     and augmented (flip, crop, film) where `train`, each draw a function of (seed, n) alone.
-    Yields stored Lab (N, 3, size, size) and class numbers (N,), -1 for none.
     """
 
-    def __init__(self, arrays: list[Path], labels=None, size: int = SIDE, train=False,
+    def __init__(self, path: Path, size: int = SIDE, train: bool = False,
                  film: bool = False, seed: int = 0, limit: int | None = None):
-        self.paths, self.arrays = arrays, [np.load(path, mmap_mode="r") for path in arrays]
+        self.path, self.array = path, np.load(path, mmap_mode="r")
         self.size, self.train, self.film, self.seed = size, train, film, seed
-        self.starts = np.cumsum([0] + [len(array) for array in self.arrays])
-        count = int(self.starts[-1])
         # a limit takes a fair sample, whatever the order of the files
-        self.chosen = np.sort(np.random.default_rng(0).permutation(count)[:limit or None])
+        random = np.random.default_rng(0)
+        self.chosen = np.sort(random.permutation(len(self.array))[:limit])
         self.epoch, self.order = None, np.arange(len(self.chosen))  # of validation
-        self.labels = np.full(count, -1) if labels is None else np.asarray(labels)
 
     def __len__(self) -> int:
         return len(self.chosen)
 
     def __getstate__(self):  # a pickled memory map would carry its whole array
-        return self.__dict__ | {"arrays": []}
+        return self.__dict__ | {"array": None}
 
     def row(self, n: int) -> int:  # the one that sample n is made from
         epoch, position = divmod(n, len(self))
@@ -348,19 +345,18 @@ class ColorizeData(torch.utils.data.Dataset):
         return self.chosen[self.order[position]]
 
     def stored(self, row: int) -> np.ndarray:
-        """A copy of one row (SIDE, SIDE, 3) of the arrays, counted through all of them."""
-        self.arrays = self.arrays or [np.load(path, mmap_mode="r") for path in self.paths]
-        which = int(np.searchsorted(self.starts, row, side="right")) - 1
-        return np.array(self.arrays[which][row - self.starts[which]])
+        """A copy of one row (SIDE, SIDE, 3) of the array."""
+        if self.array is None:  # in a worker
+            self.array = np.load(self.path, mmap_mode="r")
+        return np.array(self.array[row])
 
-    def __getitem__(self, n: int) -> tuple[torch.Tensor, int]:
-        row = self.row(n)
-        lab = torch.from_numpy(self.stored(row)).permute(2, 0, 1)
+    def __getitem__(self, n: int) -> torch.Tensor:
+        lab = torch.from_numpy(self.stored(self.row(n))).permute(2, 0, 1)
         if self.train:
             lab = self.augment(lab, np.random.default_rng([self.seed, n, 1]))
         elif self.size != SIDE:
             lab = transforms.resize(lab, [self.size, self.size], antialias=True)
-        return lab, int(self.labels[row])
+        return lab
 
     def augment(self, lab: torch.Tensor, random: np.random.Generator) -> torch.Tensor:
         """A random flip, a random resized crop of MIN_CROP or more, on half of them film.
@@ -380,10 +376,6 @@ class ColorizeData(torch.utils.data.Dataset):
         if self.film and random.uniform() < 0.5:  # the others stay as good as new
             return old_photograph(lab, random)
         return lab
-
-    def __getitems__(self, numbers) -> tuple[torch.Tensor, torch.Tensor]:
-        labs, labels = zip(*(self[n] for n in numbers))  # (3, size, size) and a number each
-        return torch.stack(labs), torch.tensor(labels)
 
 
 def old_photograph(lab: torch.Tensor, random: np.random.Generator) -> torch.Tensor:
@@ -447,9 +439,9 @@ def data(*, data: Path = Path("data/input"), source: Path | None = None,
     manifests, processed = prepare(data, workers), Path(data, "processed")
     for split, manifest in manifests.items():
         say(f"{split}: {len(manifest['photographs'])} photographs used", result=True)
-    dataset = ColorizeData([processed / "train.npy"], train=True)
+    dataset = ColorizeData(processed / "train.npy", train=True)
     tiles = []  # L and colour of eight samples, two in a row
-    stored, _ = dataset.__getitems__(range(min(8, len(dataset))))
+    stored = torch.stack([dataset[n] for n in range(min(8, len(dataset)))])
     for lab in decode_lab(stored.permute(0, 2, 3, 1).numpy()):
         tiles += [lab_to_image(lab[..., 0], lab[..., 1:] * factor) for factor in (0, 1)]
     sheet = picture_sheet(tiles, 4, ["L", "colour"] * (len(tiles) // 2), 192)

@@ -25,13 +25,12 @@ from PIL import Image, ImageDraw, ImageFont
 from skimage.color import deltaE_ciede2000
 from skimage.metrics import structural_similarity
 
-from colorize_data import SIDE
+from colorize_data import SIDE, ColorizeData, decode_lab, find_photos
 from controls import Controls, read_controls
 from inference import colorize, load_model
-from colorize_data import find_photos
-from photo import (ColorizeError, FlagError, content_hash, lab_to_image,
-                   lab_to_rgb, lightness, ordered_map, picture_sheet, printable, progress,
-                   read_photo, rgb_to_lab, say, tone_of, working_copy, write_atomically)
+from photo import (ColorizeError, FlagError, content_hash, lab_to_image, lab_to_rgb,
+                   lightness, ordered_map, picture_sheet, printable, progress, read_photo,
+                   rgb_to_lab, say, tone_of, working_copy, write_atomically)
 
 # rows of the table: score, heading, digits
 SCORES = {"psnr": ("PSNR, dB", 2), "ssim": ("SSIM", 3), "ciede2000": ("CIEDE2000", 2),
@@ -49,9 +48,9 @@ MEAN_COLOR = "mean ab for each L"  # the baseline's name
 
 # ---------------------------------------------------------------------------------- metrics
 
-def mean_ab_distance(ab: np.ndarray, true_ab: np.ndarray) -> float:
-    """Mean of sqrt(da^2 + db^2) over the pixels of ab (..., 2), in CIE units."""
-    return float(np.hypot(*np.moveaxis(ab - true_ab, -1, 0)).mean())
+def ab_error(ab: np.ndarray, true_ab: np.ndarray) -> np.ndarray:
+    """sqrt(da^2 + db^2) of each pixel of ab (..., 2), in CIE units."""
+    return np.hypot(*np.moveaxis(ab - true_ab, -1, 0))
 
 
 def psnr(rgb: np.ndarray, true_rgb: np.ndarray) -> float:
@@ -67,11 +66,10 @@ def colorfulness(rgb: np.ndarray) -> float:
     return float(np.hypot(rg.std(), yb.std()) + 0.3 * np.hypot(rg.mean(), yb.mean()))
 
 
-def area_under_curve(ab: np.ndarray, true_ab: np.ndarray) -> float:
-    """The AuC of Zhang et al. 2016, section 3.1, in 0..1."""
-    # area under the share of pixels with an ab error within t, t = 0..150, over 150
-    error = np.hypot(*np.moveaxis(ab - true_ab, -1, 0)).ravel()
-    share = np.searchsorted(np.sort(error), np.arange(151), side="right") / error.size
+def area_under_curve(error: np.ndarray) -> float:
+    """The AuC of Zhang et al. 2016, section 3.1, in 0..1, from ab_error."""
+    # area under the share of pixels with an error within t, t = 0..150, over 150
+    share = np.searchsorted(np.sort(error, axis=None), np.arange(151), "right") / error.size
     return float(np.trapezoid(share) / 150)  # 150 steps of one unit
 
 
@@ -106,25 +104,26 @@ def score(rgb: np.ndarray, true_rgb: np.ndarray | None) -> dict[str, float]:
     if true_rgb is None:
         return scores
     true_lab, true = rgb_to_lab(true_rgb), true_rgb / np.float32(255)
+    error = ab_error(lab[..., 1:], true_lab[..., 1:])
     change, chroma = even_neighbors(true_lab)
     return scores | {
         "psnr": psnr(made, true),
         "ssim": float(structural_similarity(true, made, channel_axis=-1, data_range=1.0)),
         "ciede2000": float(deltaE_ciede2000(true_lab, lab).mean()),
-        "distance": mean_ab_distance(lab[..., 1:], true_lab[..., 1:]),
-        "auc": area_under_curve(lab[..., 1:], true_lab[..., 1:]),
+        "distance": float(error.mean()), "auc": area_under_curve(error),
         "true_colorfulness": colorfulness(true), "true_even_change": change,
         "true_even_chroma": chroma,
         "delta_L": float(np.abs(lab[..., 0] - true_lab[..., 0]).mean())}
 
 
-def picture_scores(lab, ab) -> list[float]:
-    """Sums over N of distance, PSNR, colourfulness, the truth's; lab, ab (N, C, H, W)."""
-    lab, ab = lab.permute(0, 2, 3, 1).numpy(), ab.permute(0, 2, 3, 1).float().numpy()
+def picture_scores(lab, ab) -> dict[str, float]:
+    """Some scores of tensors ab against Lab (N, C, H, W), summed over N for a mean."""
+    lab, ab = (x.permute(0, 2, 3, 1).cpu().numpy() for x in (lab, ab))
     true, made = (lab_to_rgb(lab[..., 0], colors) for colors in (lab[..., 1:], ab))
-    scores = [(mean_ab_distance(colors, truth[..., 1:]), psnr(m, t), colorfulness(m),
-               colorfulness(t)) for colors, truth, m, t in zip(ab, lab, made, true)]
-    return np.sum(scores, axis=0).tolist()  # the ranks' sums are added up
+    return {"distance": float(ab_error(ab, lab[..., 1:]).mean(axis=(1, 2)).sum()),
+            "psnr": sum(map(psnr, made, true)),
+            "colorfulness": sum(map(colorfulness, made)),
+            "true_colorfulness": sum(map(colorfulness, true))}
 
 
 def summarize(rows: list[dict]) -> dict[str, tuple[float, float]]:
@@ -170,7 +169,10 @@ def print_table(title: str, summaries: dict) -> None:
 
 
 def collect_methods(names: list, device: str, size: int, controls: Controls) -> dict:
-    """What makes a picture of a picture, by name: the baselines, then the checkpoints."""
+    """What makes a picture of a picture: the baselines, then each of names by its path.
+
+    None among names is the checkpoint that inference takes.
+    """
     methods = {"gray": partial(mean_color_baseline, np.zeros((101, 2)))}
     for network, path, contents in [load_model(name, device) for name in names]:
         if "mean_ab" in contents:  # of the first checkpoint alone: they hardly differ
@@ -189,8 +191,8 @@ def scored_copy(path: Path) -> tuple[Image.Image, bool]:
     return picture, tone_of(image) == "coloured"  # sepia is no truth
 
 
-def score_all(paths: list[Path], methods: dict) -> list[tuple[Path, dict]]:
-    """(photograph, its scores by method); what cannot be read is left out, and said."""
+def score_all(paths: list[Path], methods: dict) -> dict[str, dict]:
+    """{kind: {photograph: {method: scores}}}, those with a truth first; the others fail."""
     def score_one(path):
         try:
             picture, colored = scored_copy(path)
@@ -199,11 +201,14 @@ def score_all(paths: list[Path], methods: dict) -> list[tuple[Path, dict]]:
                 raise
             return say(f"left out: {error}")
         true = np.asarray(picture) if colored else None
-        return path, {name: score(np.asarray(method(picture)), true)
-                      for name, method in methods.items()}
+        return path, colored, {name: score(np.asarray(method(picture)), true)
+                               for name, method in methods.items()}
+    kinds = {"in colour": {}, "gray or toned": {}}
     # two at a time: one is read while the network works on another
     scored = progress(ordered_map(score_one, paths, 2), len(paths), "evaluate")
-    return [result for result in scored if result]
+    for path, colored, scores in filter(None, scored):
+        kinds["in colour" if colored else "gray or toned"][path] = scores
+    return {kind: group for kind, group in kinds.items() if group}
 
 
 def evaluate(*, image: list[str] | Path = ("data/input/val",), model: str | None = None,
@@ -222,43 +227,37 @@ def evaluate(*, image: list[str] | Path = ("data/input/val",), model: str | None
     places = [image] if isinstance(image, (str, Path)) else image
     paths = [path for place in map(Path, places)
              for path in (find_photos(place) if place.is_dir() else [place])]
-    names = [None] if model is None else [  # None: the one that inference takes
-        name.strip() for name in model.split(",") if name.strip()]
-    if not names:
+    names = [name.strip() for name in (model or "").split(",") if name.strip()]
+    if model and not names:
         raise FlagError(f"--model '{model}': names no checkpoint; write a.tar,b.tar")
-    methods = collect_methods(names, device, size, read_controls(saturation=saturation))
-    report = {"settings": {"image": list(map(str, places)), "size": size,
-                           "saturation": saturation, "scored_short_side": SIDE},
-              "checkpoints": {name: content_hash(Path(name))[:12] for name in methods
-                              if name not in ("gray", MEAN_COLOR)}}
-    results = score_all(paths, methods)
-    if not results:
+    controls = read_controls(saturation=saturation)
+    methods = collect_methods(names or [None], device, size, controls)
+    kinds = score_all(paths, methods)
+    if not kinds:
         raise ColorizeError(f"--image {' '.join(map(str, places))}: no photograph there "
                             "that can be scored; name a folder of photographs")
-    write_report(Path(out), report, results)
-    truth = [result for result in results if "ciede2000" in result[1]["gray"]]
-    draw_evaluation(Path(out, "evaluation.png"), truth or results, methods)
+    settings = {"image": list(map(str, places)), "size": size, "saturation": saturation,
+                "scored_short_side": SIDE, "checkpoints": {
+                    name: content_hash(Path(name))[:12] for name in methods
+                    if name not in ("gray", MEAN_COLOR)}}
+    write_report(Path(out), settings, kinds)
+    draw_evaluation(Path(out, "evaluation.png"), next(iter(kinds.values())), methods)
 
 
-def write_report(out: Path, report: dict, results: list) -> None:
-    """Tables of those with and those without a truth; evaluation.json, scores.csv."""
-    report["scores"] = {str(path): scores for path, scores in results}
-    rows = [{"photograph": printable(path), "method": printable(method)} | scores
-            for path, by_method in results for method, scores in by_method.items()]
-    rows.sort(key=lambda row: "ciede2000" not in row)  # more columns make the header
-    for kind, with_truth in (("in colour", True), ("gray or toned", False)):
-        group = [scores for _, scores in results
-                 if ("ciede2000" in scores["gray"]) == with_truth]
-        if not group:
-            continue
-        summaries = {method: summarize([scores[method] for scores in group])
-                     for method in group[0]}
-        size = report["settings"]["size"]
-        print_table(f"{len(group)} photographs {kind}, network at {size} px", summaries)
-        report[kind] = {"photographs": len(group), "summary": {
-            method: {name: dict(zip(("mean", "interval95"), pair))
-                     for name, pair in summary.items()}
-            for method, summary in summaries.items()}}
+def write_report(out: Path, settings: dict, kinds: dict) -> None:
+    """A table for each kind of photographs, all of them in evaluation.json; scores.csv."""
+    report, rows = {"settings": settings}, []
+    for kind, group in kinds.items():
+        by_method = {}
+        for path, scored in group.items():
+            for method, scores in scored.items():
+                by_method.setdefault(method, []).append(scores)
+                names = {"photograph": printable(path), "method": printable(method)}
+                rows.append(names | scores)
+        summaries = {method: summarize(scores) for method, scores in by_method.items()}
+        print_table(f"{len(group)} photographs {kind}, network at {settings['size']} px",
+                    summaries)
+        report[kind] = {"photographs": len(group), "mean, interval95": summaries}
     write_atomically(out / "evaluation.json",
                      lambda name: name.write_text(json.dumps(report, indent=1)))
     write_csv(out / "scores.csv", rows)
@@ -274,21 +273,23 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     write_atomically(path, write)
 
 
-def draw_evaluation(path: Path, results: list, methods: dict) -> None:
+def draw_evaluation(path: Path, scored: dict, methods: dict) -> None:
     """Twelve photographs at fixed quantiles of the error: gray | checkpoints | itself."""
     names = [name for name in methods if name != MEAN_COLOR]
-    error = "ciede2000" if "ciede2000" in results[0][1]["gray"] else "patchiness"
-    # by the first checkpoint, best first
-    ranked = sorted(results, key=lambda result: summarize([result[1][names[1]]])[error])
+    first = next(iter(scored.values()))
+    error = "ciede2000" if "ciede2000" in first["gray"] else "patchiness"
+    errors = {source: [summarize([scores[name]])[error][0] for name in names]
+              for source, scores in scored.items()}
+    ranked = sorted(errors, key=lambda source: errors[source][1])  # by the first checkpoint
     tiles, captions = [], []
     for place in np.linspace(0, len(ranked) - 1, min(12, len(ranked))):
-        source, scores = ranked[round(place)]
+        source = ranked[round(place)]
         picture, _ = scored_copy(source)  # read again: all together would not fit
         tiles += [methods[name](picture) for name in names] + [picture]
         # the end of a name tells most; 32 letters fill a tile
-        captions += ["{} {:.3g}".format(printable(name).removesuffix(".tar")[-22:],
-                                        summarize([scores[name]])[error][0])
-                     for name in names] + [printable(source.name)[:32]]
+        captions += [f"{printable(name).removesuffix('.tar')[-22:]} {value:.3g}"
+                     for name, value in zip(names, errors[source])]
+        captions.append(printable(source.name)[:32])
     columns = (len(names) + 1) * (2 if len(names) < 3 else 1)  # one or two photographs
     sheet = picture_sheet(tiles, columns, captions, 200)
     write_atomically(path, lambda name: sheet.save(name, "PNG"))
@@ -297,19 +298,22 @@ def draw_evaluation(path: Path, results: list, methods: dict) -> None:
 
 # ------------------------------------------------------------------- pictures of a training
 
-def draw_preview(path: Path, lab, ab) -> None:
-    """gray | prediction | truth, of tensors Lab (N, 3, H, W) and ab (N, 2, H, W)."""
-    lab, ab = (x.permute(0, 2, 3, 1).cpu().numpy() for x in (lab, ab))
-    tiles = [lab_to_image(true[..., 0], colors) for true, made in zip(lab, ab)
-             for colors in (0 * made, made, true[..., 1:])]
-    sheet = picture_sheet(tiles, 6, ["gray", "prediction", "truth"] * len(lab), 160)
+def draw_preview(path: Path, network, photographs: ColorizeData) -> None:
+    """gray | prediction | truth of eight photographs, the same every time, of them all."""
+    tiles = []
+    for number in sorted({i * len(photographs) // 8 for i in range(8)}):
+        lab = decode_lab(photographs[number][None])  # (1, 3, H, W)
+        ab = network.predict(lab[:, :1].to(network.mean.device)).cpu()
+        L, ab, true = (x[0].permute(1, 2, 0).numpy() for x in (lab[:, :1], ab, lab[:, 1:]))
+        tiles += [lab_to_image(L[..., 0], colors) for colors in (0 * ab, ab, true)]
+    captions = ["gray", "prediction", "truth"] * (len(tiles) // 3)
+    sheet = picture_sheet(tiles, 6, captions, 160)
     write_atomically(path, lambda name: sheet.save(name, "PNG"))
 
 
 CURVES = {"loss": ["loss", "val_loss"], "PSNR, dB": ["psnr"], "learning rate": ["lr"],
-          "colourfulness over the truth's": ["color_ratio"],
-          "discriminator": ["d_loss", "d_real", "d_fake"]}
-COLORS = ["#1f5fbf", "#d06010", "#208040"]
+          "colourfulness over the truth's": ["color_ratio"], "discriminator": ["d_loss"]}
+COLORS = ["#1f5fbf", "#d06010"]
 WIDTH, HEIGHT = 520, 300  # of a panel, pixels
 
 

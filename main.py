@@ -8,12 +8,10 @@ import ast
 import difflib
 import errno
 import importlib
-import math
 import os
 import re
 import sys
 import textwrap
-from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,8 +21,8 @@ COMMANDS = {"data": "colorize_data", "train": "train", "inference": "inference",
 HERE = Path(__file__).resolve().parent
 RANGE = re.compile(r"\((-?\d[\d.e-]*?)\.\.(-?[\d.e-]*)\)$")  # (0..4) or (1..) ends a help
 # what other programs call our flags; the first that the command has is meant
-SYNONYMS = {"--input": ("--image", "--data"), "--learning_rate": ("--lr",),
-            "--weights": ("--model", "--init"), "--checkpoint": ("--model", "--init")}
+SYNONYMS = {"input": ["image", "data"], "learning_rate": ["lr"],
+            "weights": ["model", "init"], "checkpoint": ["model", "init"]}
 NO_MEMORY = "of memory|enough memory|allocate memory"  # in a RuntimeError of torch, too
 
 
@@ -46,98 +44,93 @@ def read_command(name: str) -> tuple[str, dict[str, Flag]]:
     tree = ast.parse((HERE / f"{COMMANDS[name]}.py").read_text(encoding="utf-8"))
     function = next(node for node in tree.body if getattr(node, "name", "") == name)
     summary, _, lines = ast.get_docstring(function).partition("\n\n")
-    arguments = {argument.arg: (argument.annotation, default) for argument, default
-                 in zip(function.args.kwonlyargs, function.args.kw_defaults)}
+    parameters = zip(function.args.kwonlyargs, function.args.kw_defaults)
+    arguments = {argument.arg: (argument, default) for argument, default in parameters}
     group, flags = "", {}
     for line in re.sub(r"\n +", " ", lines).splitlines():  # an indented line goes on
-        flag, _, text = line.partition(": ")
-        if flag not in arguments:
-            group = line if line.endswith(":") else group
+        name, _, text = line.partition(": ")
+        if name not in arguments:
+            group = line or group
             continue
-        annotation, default = arguments[flag]
-        kind, choices = ast.unparse(annotation).split(" | ")[0], None
+        argument, default = arguments[name]
+        kind, choices = ast.unparse(argument.annotation).split(" | ")[0], None
         if kind.startswith("Literal"):  # what its brackets hold is a list, too
             choices = ast.literal_eval(kind.removeprefix("Literal"))
             kind = type(choices[0]).__name__
         # Path("a") has the value in its brackets
         default = ast.literal_eval(getattr(default, "args", [default])[0])
         default = " ".join(default) if isinstance(default, tuple) else str(default)
-        flags[flag] = Flag(kind.partition("[")[0], choices, default, text, group)
+        flags[name] = Flag(kind.partition("[")[0], choices, default, text, group)
     return summary, flags
 
 
-def suggest(word: str, known) -> str:
+def suggest(word: str, known, prefix: str = "") -> str:
     near = [name for name in SYNONYMS.get(word, ()) if name in known]
     near += difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
 
 
 def convert(name: str, text: str, flag: Flag):
     """A flag's text as a value of its type, within its range; UsageError if it is none."""
-    values = {str(choice): choice for choice in flag.choices or ()}
-    if text in values:
-        return values[text]
-    if values:
-        raise UsageError(f"--{name} {text}: choose one of {', '.join(values)}"
-                         + suggest(text, values))
+    choices = [str(choice) for choice in flag.choices or [text]]
+    if text not in choices:
+        raise UsageError(f"--{name} {text}: choose one of {', '.join(choices)}"
+                         + suggest(text, choices))
+    wanted = "a whole number" if flag.kind == "int" else "a number"
+    if limits := RANGE.search(flag.help):
+        low, high = limits.groups()
+        wanted += f", {low}..{high}" if high else f", {low} or more"
     try:
         value = {"int": int, "float": float, "str": str, "Path": Path}[flag.kind](text)
-    except ValueError:
-        value = math.nan
-    limits = RANGE.search(flag.help)
-    low, high = limits.groups() if limits else (-1e308, 1e308)
-    if flag.kind in ("str", "Path") or float(low) <= value <= float(high or 1e308):
+        if limits and not float(low) <= value <= float(high or "inf"):  # as nan is not
+            raise ValueError
         return value
-    wanted = "a whole number" if flag.kind == "int" else "a number"
-    if limits and not math.isnan(value):
-        wanted = f"{low}..{high}" if high else f"{low} or more"
-    raise UsageError(f"--{name} {text}: must be {wanted}")
+    except ValueError:
+        raise UsageError(f"--{name} {text}: must be {wanted}") from None
 
 
 def parse(arguments: list[str], flags: dict[str, Flag]) -> dict:
-    """--flag value, --flag=value, --switch and --no-switch to keyword arguments."""
-    values, waiting, name = {}, list(arguments), ""
-    known = {f"--{flag}": (flag, True) for flag in flags}
-    known |= {f"--no_{flag}": (flag, False) for flag in flags if flags[flag].kind == "bool"}
-    while waiting:
-        if not waiting[0].startswith("--"):  # name is the flag before it
-            raise UsageError(f"'{waiting[0]}' belongs to no flag; "
-                             + remedy(waiting, name, values, flags))
-        word, equals, text = waiting.pop(0).partition("=")
-        word = "--" + word[2:].replace("-", "_")
-        if word not in known:
-            raise UsageError(f"no flag {word}{suggest(word, known)}")
-        name, on = known[word]
+    """--flag value, --flag=value and --switch to keyword arguments."""
+    groups, values = [], {}  # of a flag and the words up to the next one
+    for argument in arguments:
+        if argument.startswith("--"):  # only this begins a flag: -10,20 is a value
+            word, *words = argument.split("=", 1)
+            groups.append([word[2:].replace("-", "_"), *words])
+        elif groups:
+            groups[-1].append(argument)
+        else:
+            raise UsageError(remedy("", [argument], flags, values))
+    for name, *words in groups:
+        if name not in flags:
+            raise UsageError(f"no flag --{name}{suggest(name, flags, '--')}")
         if name in values:
             raise UsageError(f"--{name} is given twice")
-        kind, words = flags[name].kind, [text] * bool(equals)
-        if kind == "bool":
-            if equals:
-                raise UsageError(f"--{name} is a switch: --{name} or --no-{name}")
-            values[name] = on
-            continue
-        # only -- begins a flag: -10,20 is a value
-        while waiting and not waiting[0].startswith("--") and (kind == "list" or not words):
-            words.append(waiting.pop(0))
-        if not words or "" in words:
+        kind = flags[name].kind
+        if words and kind == "bool" or len(words) > 1 and kind != "list":
+            raise UsageError(remedy(name, words, flags, values))
+        if kind != "bool" and (not words or "" in words):
             raise UsageError(f"--{name} needs a value")
-        values[name] = words if kind == "list" else convert(name, words[0], flags[name])
+        if kind in ("bool", "list"):
+            values[name] = words or True
+        else:
+            values[name] = convert(name, words[0], flags[name])
     return values
 
 
-def remedy(waiting: list[str], before: str, values: dict, flags: dict[str, Flag]) -> str:
-    """What to write instead of the first of the words, which belongs to no flag."""
-    word, flag = waiting[0], flags.get(before)
-    if word.startswith("-"):
-        return "flags begin with --" + suggest(f"-{word}", [f"--{name}" for name in flags])
-    if flag and flag.kind == "bool" and word.lower() in ("true", "false", "yes", "no"):
-        return f"--{before} is a switch: --{before} or --no-{before}"
+def remedy(name: str, words: list[str], flags: dict[str, Flag], values: dict) -> str:
+    """Which of the words, after the flag `name`, is too much; what to write instead."""
+    flag = flags.get(name, Flag("bool", None, "", ""))
+    word = words[0] if flag.kind == "bool" else words[1]
     hints = [f"--{place} {word}" for place in ("image", "source", "data")
-             if place in flags and place not in values][:1]  # what stands by itself
-    if flag and flag.kind in ("str", "Path") and not flag.choices:  # or a name with spaces
-        words = [str(values[before]), *takewhile(lambda w: not w.startswith("--"), waiting)]
-        hints.insert(0, f'--{before} "{" ".join(words)}"')
-    return f"write {' or '.join(hints)}" if hints else "a flag takes one value"
+             if place in flags and place not in (name, *values)][:1]  # stands by itself
+    if flag.kind in ("str", "Path") and not flag.choices:  # or a name with spaces
+        hints.insert(0, f'--{name} "{" ".join(words)}"')
+    text = f"write {' or '.join(hints)}" if hints else "a flag takes one value"
+    if name and flag.kind == "bool" and word.lower() in ("true", "false", "yes", "no"):
+        text = f"--{name} is a switch: write it alone, or leave it out"
+    if word.startswith("-"):
+        text = "flags begin with --" + suggest(word[1:], flags, "--")
+    return f"'{word}' belongs to no flag; {text}"
 
 
 def print_help(name: str | None) -> None:
@@ -155,8 +148,7 @@ def print_help(name: str | None) -> None:
             print(group := flag.group)
         kind = "|".join(map(str, flag.choices or [flag.kind]))
         kind = {"bool": "", "list": "str ..."}.get(kind, kind)
-        default = {"None": "", "False": "", "True": f" [on; --no-{flag_name}]"}.get(
-            flag.default, f" [{flag.default}]")
+        default = "" if flag.default in ("None", "False") else f" [{flag.default}]"
         print(textwrap.fill(f"{f'  --{flag_name} {kind}':<22}  {flag.help}{default}", 80,
                             subsequent_indent=" " * 24, break_long_words=False,
                             break_on_hyphens=False))

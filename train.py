@@ -3,7 +3,6 @@
     python main.py train                       # data/input -> checkpoints/best_model.tar
     python main.py train --init imagenet       # the plain network: an ab head, by MSE
     python main.py train --data mine --out mine/model --loss bins --epochs 50
-    python main.py train --resume auto         # go on where it was cut
     torchrun --nproc_per_node=4 main.py train  # several devices
 """
 
@@ -15,12 +14,10 @@ import signal
 import time
 from collections import Counter
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-import torchvision
 from torch import distributed, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
@@ -36,20 +33,15 @@ from photo import ColorizeError, FlagError, progress, say
 FRESH_LR, TRAINED_LR = 1e-3, 4e-5  # AdamW's own; where all was trained: larger, it forgets
 EMA_DECAY = 0.999   # of the averaged weights, which are the ones validated and shipped
 MAX_NORM = 1.0      # longer gradients are clipped, so that one odd batch does no harm
-HUBER_DELTA = 11.0  # ab units, a tenth of the scale: quadratic below, linear above
-TEMPERATURE, SATURATION = 0.6, 1.45  # of bins' mean colour; T 1 and 0.25: README
 L1_WEIGHT = 100.0   # beside the adversarial loss (Isola et al. 2017, section 3.3)
 D_LR, D_BETAS = 1e-4, (0.5, 0.999)  # half their rate, as the generator comes trained
 BAD_STEPS = 10      # non-finite losses in a row that end a run
 SAVE_SECONDS = 300  # between two writes of last.tar, of hundreds of megabytes
 # clusters announce the end by TERM, HUP or USR1; Windows has not all of them
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
-           if hasattr(signal, name)]
-# torchrun starts so many processes, ranks, and numbers them; without it a stray RANK would
-# wait for others for ever
-LAUNCHED = distributed.is_torchelastic_launched()
-WORLD = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
-RANK = int(os.environ["RANK"]) if LAUNCHED else 0
+SIGNALS = [s for s in signal.Signals if s.name in "SIGINT SIGTERM SIGHUP SIGUSR1".split()]
+LAUNCHED = distributed.is_torchelastic_launched()  # else a stray RANK would wait for ever
+WORLD = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1  # torchrun starts so many ranks,
+RANK = int(os.environ["RANK"]) if LAUNCHED else 0  # and numbers them
 
 
 # ------------------------------------------------------------------------------- objectives
@@ -77,15 +69,14 @@ def cross_entropy(bins: torch.Tensor):
     return loss, 1.0  # nats stay nats
 
 
-# of the model: loss(model, output, true ab (N, 2, H, W)), and the factor by which it is
-# reported, from ab/110 (as are thresholds) to ab units. A new --loss is one entry here
+# of a model: loss(model, output, true ab), on ab/110, and the factor from there to ab units
 OBJECTIVES = {
     "mse": lambda model: regression(nn.MSELoss(), 2),
     "l1": lambda model: regression(nn.L1Loss(), 1),
-    "huber": lambda model: regression(nn.HuberLoss(delta=HUBER_DELTA / AB_SCALE), 2),
+    "huber": lambda model: regression(nn.HuberLoss(delta=0.1), 2),  # linear over 11 units
     "bins": lambda model: cross_entropy(model.bins),
     "gan": lambda model: regression(nn.L1Loss(), 1),  # train_step adds the adversarial part
-}
+}  # a new --loss is one entry here
 
 
 # ---------------------------------------------------------------------- schedules and ranks
@@ -120,246 +111,167 @@ def means_over_ranks(sums: Counter) -> dict[str, float]:
     return {name: value / count for name, value in total.items()}
 
 
-def distribute(network: nn.Module, device: torch.device) -> nn.Module:
+def distribute(network: nn.Module) -> nn.Module:
     """The network, its gradients averaged over the ranks where there are several."""
-    own = [device] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(network, own) if WORLD > 1 else network
+    return nn.parallel.DistributedDataParallel(network) if WORLD > 1 else network
 
 
 class Training:
-    """A run in progress: networks, averages, optimizers, counters; it learns and saves.
+    """A run in progress; start: a checkpoint's contents, or {}; resumed: a last.tar's."""
 
-    start: contents of the checkpoint to start from, or {}; resumed: it is a last.tar.
-    """
-
-    def __init__(self, settings: dict, start: dict, device: torch.device, resumed=False):
-        self.settings, self.device, self.out = settings, device, Path(settings["out"])
-        self.amp = use_bf16(settings["amp"], device)
+    def __init__(self, flags: dict, start: dict, device: torch.device, resumed=False):
+        self.settings, arguments = settle(flags, start)
+        self.device, self.out = device, Path(flags["out"])
+        self.amp = use_bf16(flags["amp"], device)
         self.lock = RANK == 0 and claim(self.out, resumed)
         self.open_photographs()
-        self.make_network(start, resumed)
+        self.make_network(arguments, start, resumed)
         self.make_optimizers()
-        self.step, self.history = 0, []  # its first row is the start
-        self.sums = Counter()  # of this epoch's steps, over the photographs seen
-        self.bad, self.stop = 0, 0  # non-finite steps in a row; the signal that came
+        self.step = self.bad = self.stop = 0  # bad: steps in a row; stop: a signal's number
+        self.history, self.sums = [], Counter()  # epochs, from 0; what this one's steps add
         self.saved = time.monotonic()  # when last.tar was
         self.samples = len(self.train_data) // WORLD * WORLD  # of an epoch: equal shares
-        self.steps_per_epoch = -(-self.samples // (settings["batch_size"] * WORLD))
-        self.total = self.steps_per_epoch * settings["epochs"]  # what the schedules span
+        self.steps_per_epoch = -(-self.samples // (flags["batch_size"] * WORLD))
 
     def open_photographs(self) -> None:
-        """The datasets of train and val; arrays that are missing are made."""
-        s, folder = self.settings, Path(self.settings["data"])
-        # the first rank makes them while the others wait for its answer
-        manifests = all_ranks(prepare(folder) if RANK == 0 else None)[0]
+        """The datasets of train and val; the first rank makes arrays that are missing."""
+        s, arrays = self.settings, Path(self.settings["data"], "processed")
+        manifests = all_ranks(prepare(arrays.parent) if RANK == 0 else None)[0]
         self.fingerprint = manifests["train"]["fingerprint"]
-        if not s["final"] and not manifests["val"]["photographs"]:
-            raise ColorizeError(f"{folder}/val: no usable photograph to validate with; "
-                                "add some, or train without: --final")
-        arrays = [folder / "processed" / f"{split}.npy" for split in ("train", "val")]
-        dataset = partial(ColorizeData, size=s["size"], limit=s["limit"])
-        self.train_data = dataset(arrays if s["final"] else arrays[:1], train=True,
-                                  film=s["film"], seed=s["seed"])
-        self.val_data = None if s["final"] else dataset(arrays[1:])
+        if not manifests["val"]["photographs"]:
+            raise ColorizeError(f"{s['data']}/val: no usable photograph to score; add some")
+        self.train_data = ColorizeData(arrays / "train.npy", s["size"], True, s["film"],
+                                       s["seed"], s["limit"])
+        self.val_data = ColorizeData(arrays / "val.npy", s["size"], limit=s["limit"])
 
-    def make_network(self, start: dict, resumed: bool) -> None:
+    def make_network(self, arguments: dict, start: dict, resumed: bool) -> None:
         """The network with its starting weights, their average, and the objective."""
         s = self.settings
-        # bins are part of what a checkpoint learnt: they stay as they are
-        colors = start.get("colors") or {"bins": color_bins(), "temperature": TEMPERATURE,
-                                         "saturation": SATURATION}
+        # what a checkpoint learnt, its bins too, stays; else README's best of their means
+        colors = start.get("colors") or {"bins": color_bins(), "temperature": 0.6,
+                                         "saturation": 1.45}
         # prior and mean are of these photographs, whatever the start was trained on
         histogram, mean_ab = count_colors(self.train_data)
         colors = colors | {"prior": bins_prior(histogram, colors["bins"])}
         self.mean_ab = torch.from_numpy(mean_ab).float()
-        # other losses fit the head that they find, of bins the mean colour
-        head = "bins" if s["loss"] == "bins" else start.get("model", {}).get("head", "ab")
-        asked = {"encoder": s["encoder"], "decoder": s["decoder"], "head": head,
-                 "stages": s["stages"]}
-        complete = asked.items() <= start.get("model", {}).items()  # all come trained
-        if s["loss"] == "gan" and not complete:
-            raise FlagError("--loss gan needs a trained generator: name one by --init "
-                            "PATH, with its --encoder, --decoder and --stages")
-        if s["lr"] is None:
-            self.settings = s | {"lr": TRAINED_LR if complete else FRESH_LR}
         torch.manual_seed(s["seed"])  # of the weights that start random
-        self.model = ColorNet(**asked, colors=colors)
-        if resumed:
-            self.start, trained = (start["training"][name] for name in ("start", "trained"))
-        else:
-            self.start, trained = initialize(self.model, s["init"], start)
-        self.trained = set(trained)  # names of the weights that did not start random
-        if any(name.startswith("encoder.") for name in trained):
-            self.model.encoder.eval()  # its batch norms know more photographs than these
+        self.model = ColorNet(**arguments, colors=colors)
+        if not resumed:
+            self.start, _ = initialize(self.model, s["init"], start)
+        self.model.encoder.train(s["init"] == "none")  # a trained batch norm knows more
         if s["encoder_share"] == 0:  # no gradients for it either: a step is a fifth faster
             self.model.encoder.requires_grad_(False)
-        # convolutions are faster so, on CPUs and on GPUs
-        self.model.to(self.device, memory_format=torch.channels_last)
+        self.model.to(self.device, memory_format=torch.channels_last)  # faster there
         self.ema = AveragedModel(self.model, multi_avg_fn=ema_update)  # copies the buffers
+        self.ema.eval().requires_grad_(False)
         self.objective, self.unit = OBJECTIVES[s["loss"]](self.model)
 
     def make_optimizers(self) -> None:
         """AdamW of the network and, for a gan, the discriminator with its own."""
-        s, groups = self.settings, {}
-        for name, parameter in self.model.named_parameters():
-            # features from a million photographs should change little for a few more
-            slow = name.startswith("encoder.") and name in self.trained
-            if parameter.requires_grad:
-                groups.setdefault(s["encoder_share"] if slow else 1.0, []).append(parameter)
-        # "scale" is ours: train_step makes the group's rate of it
-        groups = [{"params": group, "scale": share} for share, group in groups.items()]
-        self.optimizer = torch.optim.AdamW(groups, lr=s["lr"])
-        self.parallel = distribute(self.model, self.device)
-        self.parts = {"weights": self.model, "average": self.ema,  # by its key in last.tar,
-                      "optimizer": self.optimizer}  # what has a state that is resumed
+        s, encoder = self.settings, self.model.encoder
+        others = [w for name, w in self.model.named_parameters() if "encoder." not in name]
+        # features from a million photographs should change little for a few more
+        share = s["encoder_share"] if s["init"] != "none" else 1.0
+        groups = [{"params": encoder.parameters(), "peak": s["lr"] * share},
+                  {"params": others, "peak": s["lr"]}]  # "peak" is ours, for train_step
+        self.parallel = distribute(self.model)
+        self.parts = {"weights": self.model, "average": self.ema}  # of last.tar
         if s["loss"] == "gan":
-            self.judge = Discriminator().to(self.device)
-            self.parallel_judge = distribute(self.judge, self.device)
-            self.d_optimizer = torch.optim.AdamW(self.judge.parameters(), D_LR, D_BETAS)
-            self.parts |= {"discriminator": self.judge, "d_optimizer": self.d_optimizer}
+            self.judge = self.parts["discriminator"] = Discriminator().to(self.device)
+            self.parallel_judge = distribute(self.judge)
+            groups += [{"params": self.judge.parameters(), "peak": D_LR, "betas": D_BETAS}]
+        self.optimizer = self.parts["optimizer"] = torch.optim.AdamW(groups)
 
-    def batches(self, dataset: ColorizeData, first: int, last: int, skip: int = 0):
-        """Batches (lab, labels), this rank's share of samples first..last after `skip`."""
-        size, cuda = self.settings["batch_size"], self.device.type == "cuda"
-        # ranks take turns: together they see the batches that one alone would
-        numbers = range(first + RANK, last, WORLD)[skip * size:]
+    def batches(self, dataset: ColorizeData, numbers: range):
+        """The samples of these numbers as Lab (N, 3, H, W), CIE units, on the device."""
+        cuda = self.device.type == "cuda"
         # on a CPU, workers would take its cores from the network
         workers = min(8, (os.cpu_count() or 2) - 1) if cuda else 0
-        return torch.utils.data.DataLoader(dataset, size, sampler=numbers, collate_fn=tuple,
-                                           num_workers=workers, pin_memory=cuda)
+        for stored in torch.utils.data.DataLoader(dataset, self.settings["batch_size"],
+                                                  sampler=numbers, num_workers=workers,
+                                                  pin_memory=cuda):
+            # bytes travel, a quarter of the traffic; there they become units
+            lab = decode_lab(stored.to(self.device, non_blocking=True))
+            yield lab.contiguous(memory_format=torch.channels_last)
 
     def train_step(self, lab: torch.Tensor) -> None:
-        """One step on a batch of stored Lab (N, 3, H, W), uint8."""
-        # bytes travel to the device, a quarter of the traffic; there they become CIE units
-        lab = decode_lab(lab.to(self.device, non_blocking=True))
-        lab = lab.contiguous(memory_format=torch.channels_last)
-        L, ab = lab[:, :1], lab[:, 1:]  # (N, 1, H, W) and (N, 2, H, W)
-        # the rate is a function of the step, set by hand: a scheduler's state would be one
-        # more thing to save, and to get wrong when a run goes on for more epochs
-        rate = learning_rate(self.step, self.total)
+        """One step on a batch of Lab (N, 3, H, W), CIE units."""
+        L, ab = lab[:, :1], lab[:, 1:]  # what is given, and what is to be guessed
+        # by hand, from the step alone: a scheduler's state would be one more thing to save
+        rate = learning_rate(self.step, self.steps_per_epoch * self.settings["epochs"])
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * self.settings["lr"] * group["scale"]
+            group["lr"] = rate * group["peak"]
         torch.manual_seed(self.settings["seed"] + self.step)  # of layers that are dropped
-        # bf16 in the network alone; losses are float32
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             output = self.parallel(L)  # ab, or logits of bins
-        loss = self.objective(self.model, output, ab)
+        loss = self.objective(self.model, output, ab)  # outside: losses need float32
         measured = {"loss": loss.detach() * self.unit}
         if self.settings["loss"] == "gan":
             made = self.model.decode(output, ab.shape[-2:])
-            adversarial, judged = self.adversarial_loss(L, ab, made, rate)
-            loss, measured = L1_WEIGHT * loss + adversarial, measured | judged
+            adversarial, d_loss = self.adversarial_losses(L, ab, made)
+            measured["d_loss"] = d_loss.detach()  # near 0: it wins, and no longer teaches
+            loss = L1_WEIGHT * loss + adversarial + d_loss  # which is of its own weights
         self.optimizer.zero_grad()
         loss.backward()  # and, on several ranks, the mean of all gradients
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
+        weights = [w for group in self.optimizer.param_groups for w in group["params"]]
+        norm = nn.utils.clip_grad_norm_(weights, MAX_NORM)
         self.step += 1
-        # the norm is of gradients averaged over the ranks: they skip a step together
-        if not torch.isfinite(norm + loss.detach()):
-            self.bad += 1
-            for buffer, good in zip(self.model.buffers(), self.ema.module.buffers()):
-                buffer.copy_(good)  # batch norm as it was after the last good step
-            say(f"step {self.step}: the loss is not finite; skipped")
-            if self.bad == BAD_STEPS:
-                raise ColorizeError(f"the loss was not finite {BAD_STEPS} times in a row; "
-                                    "start from the best one, --init, with a lower --lr")
-            return
+        if not norm.isfinite():  # the same on all ranks: they skip a step together
+            return self.skip_step()
         self.bad = 0
         self.optimizer.step()
         self.ema.update_parameters(self.model)
-        # times the batch: the last one of an epoch is smaller
         self.sums.update({name: float(x) * len(lab) for name, x in measured.items()})
-        self.sums["photographs"] += len(lab)
+        self.sums["photographs"] += len(lab)  # of an epoch's last batch they are fewer
 
-    def adversarial_loss(self, L, ab, made, rate: float) -> tuple[torch.Tensor, dict]:
-        """How far made ab (N, 2, H, W) is from being taken for real; what was measured."""
-        # it learns first; real and made in one batch, or batch norm would tell them apart
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            logits = self.parallel_judge(torch.cat([L, L]), torch.cat([ab, made.detach()]))
-        real, fake = logits.float().chunk(2)
+    def skip_step(self) -> None:
+        """Pass over a loss that is not finite; BAD_STEPS of them in a row end the run."""
+        self.bad += 1
+        for buffer, good in zip(self.model.buffers(), self.ema.module.buffers()):
+            buffer.copy_(good)  # batch norm has seen the batch
+        say(f"step {self.step}: the loss is not finite; skipped")
+        if self.bad == BAD_STEPS:
+            raise ColorizeError(f"the loss was not finite {BAD_STEPS} times in a row; "
+                                "start from the best one, --init, with a lower --lr")
+
+    def adversarial_losses(self, L, ab, made) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the network, where made ab is known as made; of the discriminator."""
+        # both in one batch, or batch norm would tell them apart; float32, as it is small
+        logits = self.parallel_judge(torch.cat([L, L]), torch.cat([ab, made.detach()]))
+        real, fake = logits.chunk(2)
         # softplus: the cross-entropy with real (of -logits) and with made
-        loss = (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2
-        self.d_optimizer.param_groups[0]["lr"] = rate * D_LR
-        self.d_optimizer.zero_grad()
-        loss.backward()
-        if nn.utils.clip_grad_norm_(self.judge.parameters(), MAX_NORM).isfinite():
-            self.d_optimizer.step()
-        # gradients pass through the discriminator to the network but leave nothing in it
-        self.judge.requires_grad_(False)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            judged = self.judge(L, made).float()
+        d_loss = (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2
+        self.judge.requires_grad_(False)  # gradients pass through it and leave nothing
+        adversarial = F.softplus(-self.judge(L, made)).mean()
         self.judge.requires_grad_(True)
-        # d_real near 1 and d_fake near 0: it wins, and no longer teaches
-        real, fake = (x.detach().sigmoid().mean() for x in (real, fake))
-        measured = {"d_loss": loss.detach(), "d_real": real, "d_fake": fake}
-        return F.softplus(-judged).mean(), measured
+        return adversarial, d_loss
 
-    @torch.no_grad()
     def validate(self) -> dict:
         """Means over the validation photographs, for the averaged weights."""
-        if self.val_data is None:
-            return {}
-        model, sums = self.ema.module.eval(), Counter()
-        for lab, _ in self.batches(self.val_data, 0, len(self.val_data)):
-            lab, n = decode_lab(lab.to(self.device)), len(lab)
+        model, sums = self.ema.module, Counter()
+        for lab in self.batches(self.val_data, range(RANK, len(self.val_data), WORLD)):
+            L, ab = lab[:, :1], lab[:, 1:]
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-                output = model(lab[:, :1])
-            ab = model.decode(output, lab.shape[-2:])  # what inference would show
-            loss = self.objective(model, output, lab[:, 1:]) * self.unit
-            mse = F.mse_loss(ab, lab[:, 1:])  # the same for all objectives
-            sums.update(photographs=n, val_loss=float(loss) * n, mse=float(mse) * n)
-            sums.update(dict(zip(("distance", "psnr", "colorfulness", "true"),
-                                 picture_scores(lab.cpu(), ab.cpu()))))
+                output = model(L)
+            loss = self.objective(model, output, ab) * self.unit
+            sums.update(photographs=len(lab), val_loss=float(loss) * len(lab))
+            made = model.decode(output, ab.shape[-2:])  # as inference shows it
+            sums.update(picture_scores(lab, made))
         scores = means_over_ranks(sums)
-        # the means' ratio, as in evaluate's table
-        scores["color_ratio"] = scores.pop("colorfulness") / max(scores.pop("true"), 1e-9)
-        return scores
-
-    def save(self, name: str) -> None:
-        """Write best_model.tar, of averaged weights, or last.tar, to go on from."""
-        if RANK:
-            return
-        training = {  # what a reader needs to make it again
-            "settings": self.settings, "ranks": WORLD, "start": self.start,
-            "trained": sorted(self.trained), "epoch": self.step // self.steps_per_epoch,
-            "step": self.step, "photographs": len(self.train_data),
-            "amp": "bf16" if self.amp else "off", "fingerprint": self.fingerprint,
-            "scores": self.history[-1],  # of the epoch that ended last
-            "torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
-        extra = {"mean_ab": self.mean_ab, "classes": [], "training": training}
-        if name == "last.tar":
-            parts = {key: part.state_dict() for key, part in self.parts.items()}
-            extra["resume"] = parts | {"step": self.step, "history": self.history,
-                                       "sums": dict(self.sums)}
-            self.saved = time.monotonic()
-        save_checkpoint(self.out / name, self.model, self.ema.module.state_dict(), **extra)
-
-    def restore(self, state: dict) -> None:
-        """Take up a run where last.tar left it; a malformed one raises many kinds."""
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-        self.step, self.history = int(state["step"]), state["history"]
-        self.sums = Counter(state["sums"])
-        # the step lies in, or at the end of, the epoch after the last one of the history
-        epochs = [row["epoch"] for row in self.history]
-        done = self.step - epochs[-1] * self.steps_per_epoch
-        if epochs != list(range(len(epochs))) or not 0 <= done <= self.steps_per_epoch:
-            raise ValueError
-        for row in [*self.history, self.sums, self.best()]:
-            math.fsum(row.values())  # raises where one is no number
+        made, true = scores.pop("colorfulness"), scores.pop("true_colorfulness")
+        return scores | {"color_ratio": made / max(true, 1e-9)}  # as in evaluate's table
 
     def run(self) -> None:
         """Train to the last epoch; when asked to stop, finish the step, save and leave."""
         def note(number, _):
             self.stop = number
-        # what is ignored stays so, as under nohup
         handlers = {number: signal.signal(number, note) for number in SIGNALS
-                    if signal.getsignal(number) != signal.SIG_IGN}
+                    if signal.getsignal(number) != signal.SIG_IGN}  # as under nohup
         try:
-            if not self.history:  # the start competes: training may not help
+            if self.step == 0:  # the start competes: training may not help
                 self.history = [{"epoch": 0, "step": 0} | self.validate()]
                 self.save("last.tar")  # a full disk is better found now than after hours
-            if self.step == 0:  # also where a kill came before its best_model.tar
-                self.finish_epoch(self.history.pop())
+                self.finish_epoch()
             for epoch in range(len(self.history) - 1, self.settings["epochs"]):
                 self.run_epoch(epoch)
             self.save("last.tar")
@@ -371,12 +283,15 @@ class Training:
         """One epoch, from wherever in it the step stands, and what follows it."""
         # samples are numbered through all epochs; done are batches of this one
         done, first = self.step - epoch * self.steps_per_epoch, epoch * len(self.train_data)
-        batches = self.batches(self.train_data, first, first + self.samples, done)
-        label = f"epoch {epoch + 1}/{self.settings['epochs']}"
-        seen, began = 0, time.monotonic()
-        for lab, _ in batches if RANK else progress(batches, len(batches), label):
+        # ranks take turns: together they see the batches that one alone would
+        numbers = range(first + RANK, first + self.samples, WORLD)
+        numbers = numbers[done * self.settings["batch_size"]:]
+        batches, began = self.batches(self.train_data, numbers), time.monotonic()
+        if RANK == 0:
+            label = f"epoch {epoch + 1}/{self.settings['epochs']}"
+            batches = progress(batches, self.steps_per_epoch - done, label)
+        for lab in batches:
             self.train_step(lab)
-            seen += len(lab) * WORLD
             stop = max(all_ranks(self.stop))  # the signal may have reached one rank only
             if stop or time.monotonic() - self.saved >= SAVE_SECONDS:
                 self.save("last.tar")
@@ -384,49 +299,75 @@ class Training:
                 all_ranks(0)  # none leaves before the first one has saved
                 say(f"stopped at step {self.step}; go on with --resume auto")
                 raise SystemExit(128 + stop)  # as a shell counts signals
-        speed = {"images_per_second": seen / max(time.monotonic() - began, 1e-9)}
-        rate = self.settings["lr"] * learning_rate(self.step - 1, self.total)
-        means, self.sums = means_over_ranks(self.sums), Counter()
-        row = {"epoch": epoch + 1, "step": self.step, "lr": rate} | means
-        self.finish_epoch(row | self.validate() | speed)
+        row = {"epoch": epoch + 1, "step": self.step, "seconds": time.monotonic() - began,
+               "lr": self.optimizer.param_groups[1]["lr"]}  # of all but the encoder
+        self.history.append(row | means_over_ranks(self.sums) | self.validate())
+        self.sums.clear()
+        self.finish_epoch()
 
-    def finish_epoch(self, row: dict) -> None:
-        """The epoch's row in log and history; best_model.tar, if it is best; pictures."""
-        self.history.append(row)
+    def finish_epoch(self) -> None:
+        """The last row in log and history; best_model.tar, if it is best; pictures."""
         if RANK:
             return
+        row = self.history[-1]
         best = self.best() is row
         say("  ".join(f"{name} {x:.4g}" for name, x in row.items()) + "  best" * best)
         if best:
             self.save("best_model.tar")
         try:
             write_csv(self.out / "history.csv", self.history)
-            if row["epoch"] > 0:  # one point is no curve
-                draw_curves(self.out / "curves.png", self.history)
-            if self.val_data:  # the same eight photographs every time, from all of them
-                numbers = sorted({i * len(self.val_data) // 8 for i in range(8)})
-                lab = decode_lab(self.val_data.__getitems__(numbers)[0])
-                with torch.no_grad():
-                    ab = self.ema.module.eval().predict(lab[:, :1].to(self.device))
-                draw_preview(self.out / "preview.png", lab, ab)
+            draw_curves(self.out / "curves.png", self.history)
+            draw_preview(self.out / "preview.png", self.ema.module, self.val_data)
         except ColorizeError as error:  # pictures are not worth a training
             say(str(error))
 
     def best(self) -> dict:
         """The history's row whose network is best_model.tar; {} while there is none."""
-        # a validation loss would bring a gan back to its start, and --final has none
-        if self.settings["final"] or self.settings["loss"] == "gan":
+        if self.settings["loss"] == "gan":  # a validation loss would prefer its start
             return self.history[-1]
         finite = [row for row in self.history if math.isfinite(row["val_loss"])]
         return min(finite, key=lambda row: row["val_loss"], default={})
 
+    def save(self, name: str) -> None:
+        """Write best_model.tar, of averaged weights, or last.tar, to go on from."""
+        if RANK:
+            return
+        training = {  # what a reader needs to make it again; scores of the last whole epoch
+            "settings": self.settings, "start": self.start, "ranks": WORLD,
+            "step": self.step, "photographs": len(self.train_data),
+            "fingerprint": self.fingerprint, "scores": self.history[-1],
+            "torch": str(torch.__version__)}
+        extra = {"mean_ab": self.mean_ab, "classes": [], "training": training}
+        if name == "last.tar":
+            extra["resume"] = {key: part.state_dict() for key, part in self.parts.items()}
+            extra["resume"] |= {"history": self.history, "sums": dict(self.sums)}
+            self.saved = time.monotonic()
+        save_checkpoint(self.out / name, self.model, self.ema.module.state_dict(), **extra)
+
+    def restore(self, contents: dict) -> None:
+        """Take up a run where last.tar left it; a malformed one raises many kinds."""
+        training, state = contents["training"], contents["resume"]
+        if (training["fingerprint"], training["ranks"]) != (self.fingerprint, WORLD):
+            raise ColorizeError(f"--resume: the photographs of {self.out}/last.tar, or its "
+                                f"{training['ranks']} devices, have changed; start anew")
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        self.step, self.start = int(training["step"]), str(training["start"])
+        self.history, self.sums = state["history"], Counter(state["sums"])
+        # the step lies in, or at the end of, the epoch after the last one of the history
+        epochs = [row["epoch"] for row in self.history]
+        done = self.step - epochs[-1] * self.steps_per_epoch
+        if epochs != list(range(len(epochs))) or not 0 <= done <= self.steps_per_epoch:
+            raise ValueError
+        for row in [*self.history, self.sums, self.best()]:
+            math.fsum(row.values())  # raises where one is no number
+
     def describe(self) -> None:
-        """The log's first lines: which loss on which head, from where; and as a command."""
-        s, heads = self.settings, {"ab": "an ab head", "bins": "the mean of a bins head"}
-        head = "a bins head" if s["loss"] == "bins" else heads[self.model.arguments["head"]]
-        say(f"training {s['loss']} on {head} of {s['encoder']}, starting from "
-            f"{self.start}: {len(self.train_data)} photographs, {WORLD} x {self.device}, "
-            f"{'bf16' if self.amp else 'float32'}")
+        """The log's first lines: what is trained, by which loss, from where; a command."""
+        s, head = self.settings, self.model.arguments["head"]
+        say(f"training the {head} head of {s['encoder']} by {s['loss']}, starting from "
+            f"{self.start}: {len(self.train_data)} photographs, {WORLD} x {self.device}"
+            + ", bf16" * self.amp)
         words = [f"--{name}" if value is True else f"--{name} {shlex.quote(str(value))}"
                  for name, value in s.items() if value is not None and value is not False]
         say("settings: " + " ".join(["python main.py train", *words]))
@@ -435,16 +376,30 @@ class Training:
         """What best_model.tar holds, and whether training helped; or ColorizeError."""
         path, best, start = self.out / "best_model.tar", self.best(), self.history[0]
         if not best:
-            raise ColorizeError(f"{path}: not written: no epoch had a finite validation "
-                                "loss; try a lower --lr")
-        scores = [f", {name} {best[name]:.4g} ({start[name]:.4g} at the start)"
-                  for name in ("val_loss", "color_ratio") if name in best]
-        hint = "" if best["epoch"] else (": training did not help; try a lower --lr, "
-                                         "--encoder_share 0 or more photographs")
-        return f"{path}: epoch {best['epoch']}" + "".join(scores) + hint
+            raise ColorizeError(f"{path}: no epoch had a finite loss; try a lower --lr")
+        text = f"{path}: epoch {best['epoch']}"
+        for name in ("val_loss", "color_ratio"):
+            text += f", {name} {best[name]:.4g} ({start[name]:.4g} at the start)"
+        if best is start:
+            text += ": training did not help; lower --lr, --encoder_share 0 or more photographs"
+        return text
 
 
 # ------------------------------------------------------------------------------ the command
+
+def settle(flags: dict, start: dict) -> tuple[dict, dict]:
+    """The settings, all of them known, and ColorNet's arguments."""
+    model = start.get("model", {})
+    arguments = {name: flags[name] for name in ("encoder", "decoder", "stages")}
+    # losses other than bins fit the head that they find, of bins the mean colour
+    arguments["head"] = "bins" if flags["loss"] == "bins" else model.get("head", "ab")
+    all_trained = arguments.items() <= model.items()
+    if flags["loss"] == "gan" and not all_trained:
+        raise FlagError("--loss gan needs a trained generator: name one by --init PATH, "
+                        "with its --encoder, --decoder and --stages")
+    lr = TRAINED_LR if all_trained else FRESH_LR
+    return flags | {"lr": flags["lr"] or lr}, arguments
+
 
 def claim(out: Path, resumed: bool):
     """Take OUT for this training alone, while the file returned stays open."""
@@ -458,8 +413,7 @@ def claim(out: Path, resumed: bool):
         raise ColorizeError(f"--out {out}: another training writes there, or it cannot be "
                             f"written ({error.strerror}); name another folder") from None
     if not resumed and ((out / "last.tar").exists() or (out / "best_model.tar").exists()):
-        raise ColorizeError(f"--out {out}: holds a training: --resume auto, or "
-                            "another --out")
+        raise ColorizeError(f"--out {out} holds a training: --resume auto, or another")
     return lock
 
 
@@ -468,23 +422,18 @@ def resume_training(path: Path, flags: dict, device: torch.device) -> Training:
     # a flag that is at its default was not given, as far as one can tell
     given = {name: x for name, x in flags.items() if x != train.__kwdefaults__[name]}
     if "out" in given and Path(given["out"]).resolve() != path.parent.resolve():
-        raise FlagError(f"--resume {path}: goes on in its own folder: leave out --out, or "
-                        "start another training there with --init")
+        raise FlagError(f"--resume {path} goes on in its own folder: leave out --out")
     try:
         start = read_checkpoint(path)
-        # the ranks are no flag, but another number of them makes other batches
-        old = start["training"]["settings"] | {"ranks": start["training"]["ranks"]}
-        for name, value in (given | {"ranks": WORLD}).items():
+        old = start["training"]["settings"]
+        for name, value in given.items():
             longer = name == "epochs" and value > old[name]
             if value != old[name] and not longer and name not in ("data", "out", "device"):
                 raise ColorizeError(f"--resume {path}: trained with {name} {old[name]}, "
                                     f"not {value}: leave that out, or start with --init")
         settings = {name: old[name] for name in flags} | given | {"out": str(path.parent)}
         training = Training(settings, start, device, resumed=True)
-        if start["training"]["fingerprint"] != training.fingerprint:
-            raise ColorizeError(f"--resume {path}: the photographs have changed since; "
-                                f"start anew with --init {path}")
-        training.restore(start["resume"])
+        training.restore(start)
         return training
     except (ColorizeError, OSError, MemoryError, torch.OutOfMemoryError):
         raise
@@ -494,7 +443,7 @@ def resume_training(path: Path, flags: dict, device: torch.device) -> Training:
 
 
 def train(*, data: str = "data/input", out: str = "checkpoints", resume: str | None = None,
-          limit: int | None = None, final: bool = False, init: str = "auto",
+          limit: int | None = None, init: str = "auto",
           encoder: str = "resnet18", decoder: str = "unet", stages: Literal[2, 3, 4] = 4,
           loss: str = "mse", epochs: int = 10, batch_size: int = 16, size: int = 256,
           film: bool = False, lr: float | None = None, encoder_share: float = 0.1,
@@ -507,21 +456,19 @@ def train(*, data: str = "data/input", out: str = "checkpoints", resume: str | N
     out: gets best_model.tar, last.tar, history
     resume: auto, or a last.tar: go on where it stopped
     limit: use this many photographs (1..)
-    final: train on train and val together, keep the last epoch
-    The network and what it learns:
+    The network, and what it learns:
     init: auto (the shipped), imagenet, none, or a file
     encoder: torchvision's: resnet18, vgg16_bn, ...
     decoder: unet: the encoder's features joined, plain: none
     stages: the encoder ends at stride 8, 16 or 32
     loss: mse, l1, huber, bins: colour classes, gan: l1 + adversarial
-    How long and how fast:
+    How long, how fast, and where:
     epochs: times that each photograph is seen (1..)
     batch_size: photographs a step, on each device (1..)
     size: side in pixels of the crops it sees (64..256)
     film: vary L as old films did: sensitivity, grain
     lr: peak rate; 1e-3, or 4e-5 if all was trained (1e-9..10)
     encoder_share: of lr, for a trained encoder; 0: frozen (0..10)
-    The machine:
     seed: of order, crops and fresh weights (0..2147483647)
     device: where to compute
     amp: bf16 arithmetic; auto: where the hardware has it
@@ -539,10 +486,8 @@ def train(*, data: str = "data/input", out: str = "checkpoints", resume: str | N
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                        timeout=timedelta(hours=6))
         atexit.register(distributed.destroy_process_group)
-    if resume:
-        training = resume_training(path, flags, device)
-    else:
-        training = Training(flags, starting_checkpoint(init, encoder), device)
+    training = (resume_training(path, flags, device) if resume else
+                Training(flags, starting_checkpoint(init, encoder), device))
     if RANK == 0:
         training.describe()
     training.run()
@@ -551,4 +496,5 @@ def train(*, data: str = "data/input", out: str = "checkpoints", resume: str | N
 
 
 if __name__ == "__main__":
-    raise SystemExit("type: python main.py train")
+    say("type: python main.py train --help")
+    raise SystemExit(2)

@@ -7,6 +7,7 @@ or a checkpoint. OUT: where checkpoints and objectives.png (the sample photograp
 objective) go. A setting whose checkpoint is there is not trained again.
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -38,8 +39,7 @@ def scores(predict, val: ColorizeData) -> str:
     """PSNR, CIEDE2000 and colourfulness over the truth's of predict: L -> ab, as table cells."""
     rows = []
     for n in range(len(val)):
-        stored, _ = val.__getitems__([n])
-        lab = decode_lab(stored)
+        lab = decode_lab(val[n][None])
         ab = predict(lab[:, :1])
         made, true = (np.asarray(lab_to_image(lab[0, 0].numpy(), x[0].permute(1, 2, 0).numpy()))
                       for x in (ab, lab[:, 1:]))
@@ -54,7 +54,7 @@ def main(data: str, init: str, out: str, steps: str = "1000") -> None:
     print("| setting | parameters, M | photographs/s | PSNR | CIEDE2000 | colour of the truth's |")
     print("|---|---|---|---|---|---|")
     prepare(Path(data))
-    val = ColorizeData([Path(data, "processed", "val.npy")], size=SIZE, limit=SCORED)
+    val = ColorizeData(Path(data, "processed", "val.npy"), size=SIZE, limit=SCORED)
     samples = [working_copy(read_photo(path).image, 192)
                for path in find_photos(ROOT / "data" / "input" / "val")]
     tiles, captions, blank = [], [], [""] * (len(samples) - 1)
@@ -66,7 +66,8 @@ def main(data: str, init: str, out: str, steps: str = "1000") -> None:
             train(data=Path(data), out=folder, epochs=3, batch_size=BATCH, size=SIZE, init=init,
                   limit=limit, **flags)
         model, contents = load_checkpoint(folder / "best_model.tar")
-        rate = contents["training"]["scores"].get("images_per_second", 0)
+        training = contents["training"]  # epoch 0 took no time
+        rate = training["photographs"] / training["scores"].get("seconds", math.inf)
         size = sum(p.numel() for p in model.parameters()) / 1e6
         for temperature in (1.0, 0.5, 0.25) if model.arguments["head"] == "bins" else (None,):
             model.temperature = temperature
