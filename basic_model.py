@@ -358,9 +358,9 @@ CHECKS = {  # of a checkpoint c, by key; by type, since a tensor compares by ele
     "mean_ab": lambda c: "mean_ab" not in c or is_within(c["mean_ab"], (101, 2), -200, 200)}
 
 
-def read_checkpoint(path: Path) -> dict:
+def read_checkpoint(path: Path, contents: dict | None = None) -> dict:
     """The contents of a checkpoint, checked but for its weights; raises ColorizeError."""
-    contents = read_tensors(path)
+    contents = contents or read_tensors(path)  # or as they were read before
     for key, fits in CHECKS.items():
         try:
             good = fits(contents)
@@ -407,7 +407,7 @@ def starting_checkpoint(init: str, encoder: str) -> dict:
     contents = read_tensors(path)
     if "format" not in contents:  # a state dict, as torchvision publishes them
         return {"weights": {f"encoder.{name}": w for name, w in contents.items()}}
-    contents = read_checkpoint(path)
+    contents = read_checkpoint(path, contents)
     its = contents["model"]["encoder"]
     if its != encoder and init != "auto":
         raise ColorizeError(f"--init {path}: its encoder is {its}, not {encoder}; "

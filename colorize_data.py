@@ -447,3 +447,8 @@ def data(*, data: Path = Path("data/input"), source: Path | None = None,
     sheet = picture_sheet(tiles, 4, ["L", "colour"] * (len(tiles) // 2), 192)
     write_atomically(processed / "preview.png", lambda name: sheet.save(name, "PNG"))
     say(f"{processed / 'preview.png'}: samples as the network sees them", result=True)
+
+
+if __name__ == "__main__":
+    say("type: python main.py data --help")
+    raise SystemExit(2)

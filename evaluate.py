@@ -169,10 +169,7 @@ def print_table(title: str, summaries: dict) -> None:
 
 
 def collect_methods(names: list, device: str, size: int, controls: Controls) -> dict:
-    """What makes a picture of a picture: the baselines, then each of names by its path.
-
-    None among names is the checkpoint that inference takes.
-    """
+    """What makes a picture of a picture, by name: the baselines, then the checkpoints."""
     methods = {"gray": partial(mean_color_baseline, np.zeros((101, 2)))}
     for network, path, contents in [load_model(name, device) for name in names]:
         if "mean_ab" in contents:  # of the first checkpoint alone: they hardly differ
@@ -231,7 +228,7 @@ def evaluate(*, image: list[str] | Path = ("data/input/val",), model: str | None
     if model and not names:
         raise FlagError(f"--model '{model}': names no checkpoint; write a.tar,b.tar")
     controls = read_controls(saturation=saturation)
-    methods = collect_methods(names or [None], device, size, controls)
+    methods = collect_methods(names or [None], device, size, controls)  # None: inference's
     kinds = score_all(paths, methods)
     if not kinds:
         raise ColorizeError(f"--image {' '.join(map(str, places))}: no photograph there "

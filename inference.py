@@ -439,3 +439,8 @@ def run_plan(job: Job, plan: list[tuple[Path, Path]]) -> None:
         names = ", ".join(failed[:20]) + ", ..." * (len(failed) > 20)
         raise ColorizeError(f"{len(failed)} of {len(plan)} photographs could not be "
                             f"coloured: {names}; the reasons are above")
+
+
+if __name__ == "__main__":
+    say("type: python main.py inference --help")
+    raise SystemExit(2)

@@ -381,7 +381,7 @@ class Training:
         for name in ("val_loss", "color_ratio"):
             text += f", {name} {best[name]:.4g} ({start[name]:.4g} at the start)"
         if best is start:
-            text += ": training did not help; lower --lr, --encoder_share 0 or more photographs"
+            text += ": training did not help; lower --lr, --encoder_share 0, more photos"
         return text
 
 

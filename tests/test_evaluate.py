@@ -6,8 +6,6 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -246,13 +244,6 @@ def test_an_empty_name_scores_no_other_checkpoint(checkpoints, photos, tmp_path)
     assert list(written["settings"]["checkpoints"]) == [str(checkpoints["ab"])]
     rows = csv.DictReader(open(tmp_path / "scores.csv", newline=""))
     assert list(dict.fromkeys(row["photograph"] for row in rows)) == list(map(str, paths))
-
-
-def test_a_module_run_by_itself_says_what_to_type():
-    done = subprocess.run([sys.executable, "evaluate.py"], cwd=Path(evaluate.__file__).parent,
-                          capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "type: python main.py evaluate --help\n"
 
 
 # ----------------------------------------------------------------------------------- curves
