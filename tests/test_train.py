@@ -361,6 +361,7 @@ def test_the_averaged_weights_are_those_that_are_shipped(photos, tmp_path, monke
     shipped = read_checkpoint(tmp_path / "best_model.tar")["weights"]["head.weight"]
     assert torch.equal(shipped, resume["average"]["module.head.weight"].half())
     assert not torch.equal(shipped, resume["weights"]["head.weight"].half())
+    assert resume["average"]["n_averaged"] == 6  # steps
 
 
 @pytest.mark.parametrize("seconds, times", [(0, 8), (3600, 2)])
