@@ -199,8 +199,8 @@ def test_json_and_csv_hold_every_score(report, checkpoints):
 
 
 def test_the_picture_has_the_stated_size(report):
-    """4 photographs of gray, two models and truth: 4 columns, 4 rows of 200 pixels and captions."""
-    assert Image.open(report[0] / "evaluation.png").size == (4 * 204 + 4, 4 * 220 + 4)
+    """4 photographs (200 x 167) of gray, two models and truth: 4 columns, 4 rows with captions."""
+    assert Image.open(report[0] / "evaluation.png").size == (4 * 204 + 4, 4 * 187 + 4)
 
 
 def test_the_mean_colour_for_each_lightness_is_what_the_checkpoint_says():
