@@ -335,11 +335,19 @@ def upright(image: Image.Image) -> tuple[Image.Image, bytes]:
         # tifffile, OME and ImageJ write there for themselves how the pixels lie
         if str(exif.get(TAG.ImageDescription)).startswith(('{"', "<?xml", "ImageJ=")):
             del exif[TAG.ImageDescription]
+        keep_letters(exif)
         data = exif.tobytes()
         Image.Exif().load(data)  # raises here what would be raised in writing
         return image, data if len(data) <= 60_000 else b""  # a JPEG holds 64 kB
     except Exception:  # a damaged block ends in many kinds; the pixels matter
         return image.copy(), b""
+
+
+def keep_letters(exif: Image.Exif) -> None:
+    """Make the texts bytes, as they were: of others Pillow writes all but ASCII as "?"."""
+    for tag, text in exif.items():
+        if isinstance(text, str):
+            exif[tag] = text.encode("latin-1", "replace")  # as which Pillow has read them
 
 
 def to_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, str]:
@@ -421,14 +429,15 @@ def write_photo(path: Path, pages: list, photo: Photo, description: str = "") ->
     words = str(exif.get(TAG.ImageDescription) or "").split(MADE)[0].rstrip("; ")
     exif[TAG.ImageDescription] = "; ".join(filter(None, [words, description]))
     exif[TAG.Software] = f"colorize {VERSION}"
+    keep_letters(exif)
 
     def write(temporary):
         if isinstance(first, Image.Image):
             return first.save(temporary, kind, exif=exif, **options)
         import tifffile  # Pillow writes no 16-bit colour; here: seldom needed, slow to load
-        # (tag, type 2 for text, count, value, once); Latin-1: as Pillow has decoded them
-        texts = [(tag, 2, None, value.encode("latin-1", "replace"), True)
-                 for tag, value in exif.items() if isinstance(value, str)]
+        # (tag, type 2 for text, count, value, once)
+        texts = [(tag, 2, None, value, True)
+                 for tag, value in exif.items() if isinstance(value, bytes)]
         tifffile.imwrite(temporary, first, photometric="rgb", metadata=None, software=False,
                          resolution=dpi or (72, 72), resolutionunit="inch",
                          iccprofile=SRGB, extratags=texts)

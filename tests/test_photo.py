@@ -721,3 +721,19 @@ def test_a_sheet_is_cut_to_its_pictures_row_by_row():
     red, black = (pixels == [255, 0, 0]).all(axis=2), (pixels == 0).all(axis=2)
     assert red[:24].sum() == 2 * 60 * 20 and red[44:].sum() == 60 * 20
     assert black[44:104].sum() == 30 * 60
+
+
+@pytest.mark.parametrize("name", ["y.png", "y.jpg", "y.tif", "y.webp", "deep.tif"])
+@pytest.mark.parametrize("source", ["x.png", "x.jpg", "x.tif"])
+def test_captions_keep_their_letters_byte_by_byte(tmp_path, source, name):
+    """Others write UTF-8 into EXIF, or Latin-1; also when a result is coloured again."""
+    exif, words = Image.Exif(), "Großmutter, 写真".encode()
+    exif[TAG.ImageDescription], exif[TAG.Artist] = words, "Jörg".encode("latin-1")
+    smooth("L").save(tmp_path / source, exif=exif)
+    image = noise(np.uint16, 40, 50, 3) if name == "deep.tif" else smooth()
+    for path in (tmp_path / source, tmp_path / name):
+        write_photo(tmp_path / name, [image], read_photo(path), MADE)
+    content = (tmp_path / name).read_bytes()
+    assert content.count(words + b"; " + MADE.encode() + b"\0") == content.count(b"Gro") == 1
+    assert Image.open(tmp_path / name).getexif()[TAG.Artist] == "Jörg"
+    assert made_with(tmp_path / name) == MADE
