@@ -6,7 +6,6 @@
 
 import ast
 import difflib
-import errno
 import importlib
 import os
 import re
@@ -187,7 +186,7 @@ def main(arguments: list[str]) -> int:
             text = "out of memory; a smaller --size, --batch_size or photograph needs less"
         elif isinstance(error, OSError):  # a disk or a permission that no command foresaw
             # one without a name is of standard output, or of no folder for temporary files
-            nameless = "TMPDIR" if error.errno == errno.ENOENT else "standard output"
+            nameless = "TMPDIR" if "temporary" in str(error) else "standard output"
             text = f"{error.filename or nameless}: {error.strerror or error}"
         else:  # a defect
             raise
