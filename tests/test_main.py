@@ -261,3 +261,12 @@ def test_where_nothing_temporary_can_be_written_the_variable_that_says_where_is_
     monkeypatch.setattr(colorize_data, "data", lambda **_: tempfile.TemporaryDirectory())
     assert main.main(["data"]) == 1
     assert capsys.readouterr().err.startswith("error: TMPDIR: No usable temporary directory")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+@pytest.mark.parametrize("command, code", [("help", 0), ("data --wrong 1", 2)])
+def test_closed_streams_are_no_traceback(command, code, closed):
+    done = subprocess.run(["sh", "-c", f"exec {sys.executable} main.py {command} {closed}"],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code and "Traceback" not in done.stderr + done.stdout
+    assert "error" not in done.stdout
