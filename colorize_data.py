@@ -23,9 +23,9 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms.v2 import functional as transforms
 
-from photo import (FORMATS, MIN_CHROMA, ColorizeError, content_hash, lab_to_image,
-                   lab_to_linear, ordered_map, photos_in, picture_sheet, progress,
-                   rgb_to_lab, say, write_atomically)
+from photo import (FORMATS, MIN_CHROMA, ColorizeError, clear_leftovers, content_hash,
+                   lab_to_image, lab_to_linear, ordered_map, photos_in, picture_sheet,
+                   progress, rgb_to_lab, say, temporary_for, write_atomically)
 
 MAX_LIST = 30 << 20     # bytes of a zip's list: 300,000 files of 46 bytes and a name each
 MAX_RATIO = 200         # of all contents to the zip, from 1 MB on; photographs: 1 to 2
@@ -119,8 +119,8 @@ def import_photos(source: Path, data: Path, val_fraction: float) -> None:
         raise ColorizeError(f"--source {source}: lies in --data {data}, or that in it, and "
                             "would be copied into itself; name another folder with --data")
     say(f"reading {source}")
-    unpacked = target / ".unpacked"
-    shutil.rmtree(unpacked, ignore_errors=True)  # of an import that was killed
+    unpacked = temporary_for(target / "unpacked")
+    clear_leftovers(target)  # of an import that was killed, not of one beside this
     try:
         folder, take = source, shutil.copyfile
         if source.is_file():

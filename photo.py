@@ -9,6 +9,7 @@ import functools
 import hashlib
 import os
 import platform
+import shutil
 import struct
 import sys
 import threading
@@ -100,6 +101,13 @@ def ordered_map(function, items, workers: int, window: int = 64):
             yield from pool.map(function, batch)  # an error cancels what has not begun
 
 
+def temporary_for(path: Path) -> Path:
+    """A name beside path for what this thread writes, until it is whole."""
+    # 50 letters: a name may have 255 bytes
+    own = f"{path.name[:50]}.{HOST}-{os.getpid()}-{threading.get_native_id()}"
+    return path.with_name(f".{own}.part")
+
+
 @functools.cache  # once a folder: to list a large one for each file in it takes hours
 def clear_leftovers(folder: Path) -> None:
     """Remove what runs that were killed left in a folder; arrays may have gigabytes."""
@@ -109,14 +117,12 @@ def clear_leftovers(folder: Path) -> None:
             try:
                 os.kill(int(path.name.split("-")[-2]), 0)  # does nothing to one that lives
             except ProcessLookupError:
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def write_atomically(path: Path, write) -> None:
     """Call write(temporary path) and rename; on any failure nothing is left."""
-    # a thread writes one file at a time; 50 letters: a name may have 255 bytes
-    own = f"{path.name[:50]}.{HOST}-{os.getpid()}-{threading.get_native_id()}"
-    temporary = path.with_name(f".{own}.part")
+    temporary = temporary_for(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(path.parent)

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +23,7 @@ from skimage import color
 import colorize_data
 from colorize_data import (SIDE, ColorizeData, decode_lab, encode_lab, find_photos,
                            import_photos, old_photograph, prepare)
-from photo import ColorizeError, rgb_to_lab
+from photo import ColorizeError, rgb_to_lab, temporary_for
 
 
 def test_storage_loses_at_most_half_a_unit():
@@ -440,9 +441,12 @@ def test_the_folders_of_a_zip_made_on_windows_are_folders(tmp_path):
     assert files(tmp_path / "data") == ["train/cat/0.png", "val/1.png"]
 
 
-def test_what_a_killed_import_left_is_cleared_by_the_next(tmp_path):
-    source = pack(make_set(tmp_path / "set", ["a/1.png"]), "zip")
-    make_set(tmp_path / "data", [".unpacked/set/a/2.png"])
+def test_what_a_killed_import_left_is_cleared_by_the_next(tmp_path, monkeypatch):
+    source, killed = pack(make_set(tmp_path / "set", ["a/1.png"]), "zip"), subprocess.Popen("true")
+    killed.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: killed.pid)
+        make_set(temporary_for(tmp_path / "data" / "unpacked"), ["set/a/2.png"])
     import_photos(source, tmp_path / "data", 1e-9)
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["train"]
 
@@ -582,3 +586,19 @@ def test_a_name_too_long_for_a_disk_is_counted_and_the_others_are_taken(tmp_path
     import_photos(source, tmp_path / "data", 1e-9)
     assert files(tmp_path / "data") == ["train/a.png", "train/" + "é" * 125 + "/b.png"]
     assert "1 passed over, with too long a name: xxx" in capsys.readouterr().err
+
+
+def test_two_imports_at_once_take_nothing_from_each_other(tmp_path, monkeypatch):
+    """The other one begins and ends while this one has unpacked, and taken nothing yet."""
+    one, two = (pack(make_set(tmp_path / name, names), "zip") for name, names in (
+        ("one", FLOWERS[:5]), ("two", FLOWERS[20:])))
+    find = colorize_data.find_photos
+
+    def other_first(folder):
+        monkeypatch.setattr(colorize_data, "find_photos", find)
+        with ThreadPoolExecutor() as pool:
+            pool.submit(import_photos, two, tmp_path / "data", 1e-9).result()
+        return find(folder)
+    monkeypatch.setattr(colorize_data, "find_photos", other_first)
+    import_photos(one, tmp_path / "data", 1e-9)
+    assert len(files(tmp_path / "data")) == 15

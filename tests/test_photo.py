@@ -685,6 +685,8 @@ def test_what_a_killed_process_left_is_cleared_and_what_others_write_is_not(tmp_
              own.replace(str(os.getpid()), "x"), "train.npy.part"]
     for name in [*stays, own.replace(str(os.getpid()), str(dead.pid))]:
         (tmp_path / name).touch()
+    (tmp_path / own.replace(str(os.getpid()), str(dead.pid)).replace("train", "zip") / "x").mkdir(
+        parents=True)
     write_atomically(tmp_path / "a.png", Path.touch)
     assert {path.name for path in tmp_path.iterdir()} == {*stays, "a.png", "names"}
 
