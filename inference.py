@@ -180,8 +180,8 @@ def colorize(model: ColorNet | None, image: Image.Image | np.ndarray | str | Pat
             kind = (image.dtype.name, image.ndim, *image.shape[2:])
             image = Image.fromarray(image) if kind in ARRAYS else None
         if not isinstance(image, Image.Image) or not min(image.size):
-            raise ColorizeError("colorize: image must be a path, a Pillow image, or an array "
-                                "of uint8 (H, W) or (H, W, 3), or of uint16 (H, W)")
+            raise ColorizeError("colorize: image must be a path, a Pillow image, or an "
+                                "array, uint8 (H, W) or (H, W, 3), or uint16 (H, W)")
         image = decode_photo(image).image
     prediction = predict(model, image, size)
     return add_color(model, image, prediction, controls, image.mode == "I;16")[0]
@@ -393,8 +393,8 @@ def inference(*, image: list[str] = ("data/input/val",), model: str | None = Non
     controls = read_controls(mood, mean_color, reference, strength, saturation, hints,
                              variant)
     if (sheet or grid) and controls != Controls():
-        raise FlagError("--sheet shows moods and variants, --grid the photograph: leave out "
-                        "the colour flags")
+        raise FlagError("--sheet shows moods and variants, --grid the photograph: leave "
+                        "out the colour flags")
     network, path, contents = load_model(model, device)
     say(f"loaded {path} ({contents['model']['encoder']}, {contents['model']['head']}) "
         f"on {next(network.parameters()).device}")

@@ -199,7 +199,7 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    for name in ("stdout", "stderr"):  # where it is closed, a photograph would get its number
+    for name in ("stdout", "stderr"):  # where closed, a photograph would get its number
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
     sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may hold any bytes
