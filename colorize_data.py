@@ -77,7 +77,7 @@ def unpack(source: Path, folder: Path) -> None:
     """All of a zip into a new folder; ColorizeError where it is hostile or damaged."""
     place = next(path for path in folder.parents if path.exists())
     most = MAX_RATIO * max(source.stat().st_size, 1 << 20)
-    files, passed_over = [], {}
+    files, known, passed_over = [], set(), {}
     try:
         with open(source, "rb", buffering=0) as file:
             read = file.read
@@ -93,6 +93,9 @@ def unpack(source: Path, folder: Path) -> None:
                 if any(len(os.fsencode(part)) > 255 for part in name.parts):  # for a disk
                     passed_over.setdefault("with too long a name", []).append(name)
                 elif info.file_size:
+                    if name in known:  # one may lie beside another of its name
+                        name = name.with_stem(f"{name.stem}-{len(known)}")
+                    known.add(name)
                     info.filename = name.as_posix()
                     files.append(info)
             total = sum(info.file_size for info in files)

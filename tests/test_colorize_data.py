@@ -602,3 +602,14 @@ def test_two_imports_at_once_take_nothing_from_each_other(tmp_path, monkeypatch)
     monkeypatch.setattr(colorize_data, "find_photos", other_first)
     import_photos(one, tmp_path / "data", 1e-9)
     assert len(files(tmp_path / "data")) == 15
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_two_photographs_of_one_name_in_a_zip_are_both_taken(tmp_path):
+    made = make_set(tmp_path / "set", ["0.png", "1.png"])
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for path in sorted(made.iterdir()):
+            archive.write(path, "a.png")
+    import_photos(tmp_path / "set.zip", tmp_path / "data", 1e-9)
+    taken = {path.read_bytes() for path in (tmp_path / "data" / "train").iterdir()}
+    assert taken == {path.read_bytes() for path in made.iterdir()}
