@@ -185,9 +185,7 @@ def main(arguments: list[str]) -> int:
         elif isinstance(error, MemoryError) or re.search(NO_MEMORY, str(error)):
             text = "out of memory; a smaller --size, --batch_size or photograph needs less"
         elif isinstance(error, OSError):  # a disk or a permission that no command foresaw
-            # one without a name is of standard output, or of no folder for temporary files
-            nameless = "TMPDIR" if "temporary" in str(error) else "standard output"
-            text = f"{error.filename or nameless}: {error.strerror or error}"
+            text = f"{error.filename or 'standard output'}: {error.strerror or error}"
         else:  # a defect
             raise
         if os.environ.get("COLORIZE_TRACEBACK"):

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -252,15 +251,6 @@ def test_the_sample_photographs_are_those_whose_sources_are_named():
     tracked = subprocess.run(["git", "ls-files", "-z", "train", "val"], cwd=folder,
                              capture_output=True, text=True)
     assert set(filter(None, tracked.stdout.split("\0"))) <= set(named)
-
-
-def test_where_nothing_temporary_can_be_written_the_variable_that_says_where_is_named(
-        monkeypatch, capsys):
-    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nonexistent"])
-    monkeypatch.setattr(tempfile, "tempdir", None)
-    monkeypatch.setattr(colorize_data, "data", lambda **_: tempfile.TemporaryDirectory())
-    assert main.main(["data"]) == 1
-    assert capsys.readouterr().err.startswith("error: TMPDIR: No usable temporary directory")
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
