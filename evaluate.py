@@ -254,7 +254,7 @@ def write_report(out: Path, settings: dict, kinds: dict) -> None:
         summaries = {method: summarize(scores) for method, scores in by_method.items()}
         print_table(f"{len(group)} photographs {kind}, network at {settings['size']} px",
                     summaries)
-        report[kind] = {"photographs": len(group), "mean, interval95": summaries}
+        report[kind] = {"photographs": len(group), "summary": summaries}  # mean, interval
     write_atomically(out / "evaluation.json",
                      lambda name: name.write_text(json.dumps(report, indent=1)))
     write_csv(out / "scores.csv", rows)

@@ -176,7 +176,7 @@ def test_the_table_has_a_column_a_method_and_a_row_a_score(report, checkpoints):
     assert [line[:20].strip() for line in lines[2:12]] == [
         heading for heading, _ in evaluate.SCORES.values()]
     written = json.loads((report[0] / "evaluation.json").read_text())["in colour"]
-    written = written["mean, interval95"]
+    written = written["summary"]
     expected = written[str(checkpoints["ab"])]["ciede2000"]
     assert lines[4].endswith("{:.2f} +-{:.2f}".format(*expected))
 
@@ -189,11 +189,11 @@ def test_json_and_csv_hold_every_score(report, checkpoints):
     assert set(written["settings"]["checkpoints"]) == {str(path) for path in checkpoints.values()}
     rows = list(csv.DictReader(open(out / "scores.csv", newline="")))
     assert len(rows) == 5 * 4
-    for method, summary in written["in colour"]["mean, interval95"].items():
+    for method, summary in written["in colour"]["summary"].items():
         values = [float(row["psnr"]) for row in rows if row["method"] == method and row["psnr"]]
         assert summary["psnr"][0] == pytest.approx(np.mean(values), abs=1e-3)
     # gray has the truth's lightness; the mean colour of these checkpoints is gray
-    summary = written["in colour"]["mean, interval95"]
+    summary = written["in colour"]["summary"]
     assert summary["gray"]["delta_L"][0] < 0.2
     assert summary["gray"] == summary["mean ab for each L"]
 
