@@ -1,6 +1,6 @@
-"""A folder or zip of photographs -> arrays of Lab -> batches; the data command.
+"""A folder of photographs -> arrays of Lab -> batches; the data command.
 
-    python main.py data --source photos.zip        # import, build the arrays, report
+    python main.py data --source my_photos --data mine    # import, build the arrays, report
 
 DATA/train and DATA/val hold photographs, in folders or not; DATA/processed what is made of
 them: train.npy, val.npy, manifests.json.gz with the names of rows, preview.png.
@@ -12,23 +12,25 @@ import hashlib
 import json
 import os
 import shutil
-import zipfile
+import sys
+import time
 import zlib
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from functools import partial
-from pathlib import Path, PureWindowsPath
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms.v2 import functional as transforms
 
-from photo import (FORMATS, MIN_CHROMA, ColorizeError, clear_leftovers, content_hash,
-                   lab_to_image, lab_to_linear, ordered_map, photos_in, picture_sheet,
-                   progress, rgb_to_lab, say, temporary_for, write_atomically)
+from photo import (FORMATS, MIN_CHROMA, TERMINAL, ColorizeError, lab_to_image,
+                   lab_to_linear, photos_in, picture_sheet, rgb_to_lab, say,
+                   write_atomically)
 
-MAX_LIST = 30 << 20     # bytes of a zip's list: 300,000 files of 46 bytes and a name each
-MAX_RATIO = 200         # of all contents to the zip, from 1 MB on; photographs: 1 to 2
 # a test set's photographs are as good for choosing the best epoch as any others
 SPLITS = {"train": "train"} | dict.fromkeys(["val", "valid", "validation", "test"], "val")
 
@@ -41,13 +43,45 @@ MIN_SIDE = 64       # smaller photographs, enlarged over four times, teach blur
 MIN_CROP = 0.35
 
 
-# ---------------------------------------------------------------------- folders and imports
+# --------------------------------------------------------- many photographs, and importing
 
 def say_names(what: str, names_of: dict[str, list]) -> None:
     """A line for each reason, with the names of three."""
     for reason, names in names_of.items():
         more = ", ..." * (len(names) > 3)
         say(f"{len(names)} {what}, {reason}: {', '.join(map(str, names[:3]))}{more}")
+
+
+def progress(items, total: int, label: str):
+    """Pass items through; one line redrawn on a terminal, one in 10 seconds elsewhere."""
+    start = drawn = time.monotonic()
+    line, pause = ("\r\x1b[K{}", 0.2) if sys.stderr.isatty() else ("{}\n", 10)
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - drawn >= pause or (done == total and drawn > start):
+            drawn = now
+            # of all so far: photographs differ too much for the latest few to tell
+            left = timedelta(seconds=round((now - start) / done * (total - done)))
+            with TERMINAL:
+                print(line.format(f"{label}: {done}/{total}, {left} left"), file=sys.stderr,
+                      end="\n" * (pause < 1 and done == total), flush=True)
+
+
+def ordered_map(function, items, workers: int, window: int = 64):
+    """Like map, in threads, in order, with at most `window` results waiting to be taken."""
+    items = iter(items)
+    # threads, not processes: Pillow and numpy release the lock
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
+        while batch := list(islice(items, window)):
+            yield from pool.map(function, batch)  # an error cancels what has not begun
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal; "" where it cannot be read."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+    return ""
 
 
 def find_photos(folder: Path) -> list[Path]:
@@ -73,76 +107,31 @@ def find_photos(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def unpack(source: Path, folder: Path) -> None:
-    """All of a zip into a new folder; ColorizeError where it is hostile or damaged."""
-    place = next(path for path in folder.parents if path.exists())
-    most = MAX_RATIO * max(source.stat().st_size, 1 << 20)
-    files, known, passed_over = [], set(), {}
-    try:
-        with open(source, "rb", buffering=0) as file:
-            read = file.read
-            # the list of its files is read at once, of whatever size it says that it is
-            file.read = lambda size=-1: read(min(size, MAX_LIST))
-            archive = zipfile.ZipFile(file)
-            for info in archive.infolist():
-                name = PureWindowsPath(info.filename)  # with / or \
-                # methods beside these two unpack at once as much as the packer liked
-                usual = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-                if not usual or name.anchor or ".." in name.parts:
-                    raise ValueError(f"{name} leads out of the folder, or is packed oddly")
-                if any(len(os.fsencode(part)) > 255 for part in name.parts):  # for a disk
-                    passed_over.setdefault("with too long a name", []).append(name)
-                elif info.file_size:
-                    if name in known:  # one may lie beside another of its name
-                        name = name.with_stem(f"{name.stem}-{len(known)}")
-                    known.add(name)
-                    info.filename = name.as_posix()
-                    files.append(info)
-            total = sum(info.file_size for info in files)
-            if total > min(most, shutil.disk_usage(place).free):
-                raise ValueError(f"{total >> 20} MB: more than photographs have or is free")
-            archive.extractall(folder, files)  # each to its end, where its CRC is checked
-    except Exception as error:  # zipfile raises many kinds on hostile files
-        raise ColorizeError(f"--source {source}: no zip, or damaged, encrypted or hostile "
-                            f"({str(error)[:200]}); nothing was taken; unpack it yourself "
-                            "(a tar: tar -xf) and name the folder") from None
-    say_names("passed over", passed_over)
-
-
 def import_photos(source: Path, data: Path, val_fraction: float) -> None:
-    """Take the photographs of a zip or a folder into DATA/train and val, folders kept.
+    """Copy the photographs of a folder into DATA/train and val, its folders kept.
 
     A set that comes with train and val (or test) folders stays split so; else the split is
     by a hash of each content.
     """
-    if not (source.is_file() or source.is_dir()):  # a pipe would never end
-        raise ColorizeError(f"--source {source}: no such file or folder; check the path")
+    if not source.is_dir():
+        raise ColorizeError(f"--source {source}: no such folder; of a zip or another archive "
+                            "unpack the photographs, and name their folder")
     source, target = source.resolve(), data.resolve()
-    if source in (target, *target.parents) or source.is_dir() and target in source.parents:
+    if source in (target, *target.parents) or target in source.parents:
         raise ColorizeError(f"--source {source}: lies in --data {data}, or that in it, and "
                             "would be copied into itself; name another folder with --data")
     say(f"reading {source}")
-    unpacked = temporary_for(target / "unpacked")
-    clear_leftovers(target)  # of an import that was killed, not of one beside this
-    try:
-        folder, take = source, shutil.copyfile
-        if source.is_file():
-            folder, take = unpacked, shutil.move  # on one disk nothing is copied
-            unpack(source, folder)
-        root = folder.parent  # the folder's own name may be that of a split
-        names = [path.relative_to(root) for path in find_photos(folder)]
-        top = Path(os.path.commonpath([name.parent for name in names] or [""]))
-        counts = Counter(import_photo(root, name, top, data, val_fraction, take)
-                         for name in progress(names, len(names), "import"))
-    finally:
-        shutil.rmtree(unpacked, ignore_errors=True)
+    root = source.parent  # the folder's own name may be that of a split
+    names = [path.relative_to(root) for path in find_photos(source)]
+    top = Path(os.path.commonpath([name.parent for name in names] or [""]))
+    counts = Counter(import_photo(root, name, top, data, val_fraction)
+                     for name in progress(names, len(names), "import"))
     taken = ", ".join(f"{n} {what}" for what, n in counts.items()) or "no photograph"
     say(f"imported {source}: {taken}")
 
 
-def import_photo(root: Path, name: Path, top: Path, data: Path, val_fraction: float,
-                 take) -> str:
-    """take(root / name, to DATA/train/NAME or DATA/val/NAME); returns what became of it.
+def import_photo(root: Path, name: Path, top: Path, data: Path, val_fraction: float) -> str:
+    """Copy root / name to DATA/train/NAME or DATA/val/NAME; returns what became of it.
 
     Where another photograph has that name, in either split, its hash becomes its name.
     """
@@ -160,7 +149,7 @@ def import_photo(root: Path, name: Path, top: Path, data: Path, val_fraction: fl
     for name in (name, name.with_stem(digest)):  # the hash where a name is taken
         others = [*filter(os.path.isfile, (data / "train" / name, data / "val" / name))]
         if not others:
-            write_atomically(data / split / name, partial(take, path))
+            write_atomically(data / split / name, partial(shutil.copyfile, path))
             return split
         # a camera gives one name, and BMP one size, to many photographs
         if digest in map(content_hash, others):
@@ -433,7 +422,7 @@ def data(*, data: Path = Path("data/input"), source: Path | None = None,
     """Import photographs, build the arrays that train reads, and say what is in them.
 
     data: folder that holds train/ and val/; the arrays are written to its processed/
-    source: a zip or a folder of photographs to import first
+    source: a folder of photographs to copy there first
     val_fraction: of source, share for validation, by a hash of the content (0.001..0.999)
     workers: threads that read photographs; else one for each core (1..1024)
     """

@@ -25,12 +25,13 @@ from PIL import Image, ImageDraw, ImageFont
 from skimage.color import deltaE_ciede2000
 from skimage.metrics import structural_similarity
 
-from colorize_data import SIDE, ColorizeData, decode_lab, find_photos
+from colorize_data import (SIDE, ColorizeData, content_hash, decode_lab, find_photos,
+                           ordered_map, progress)
 from controls import Controls, read_controls
 from inference import colorize, load_model
-from photo import (ColorizeError, FlagError, content_hash, lab_to_image, lab_to_rgb,
-                   lightness, ordered_map, picture_sheet, printable, progress, read_photo,
-                   rgb_to_lab, say, tone_of, working_copy, write_atomically)
+from photo import (ColorizeError, FlagError, lab_to_image, lab_to_rgb, lightness,
+                   picture_sheet, printable, read_photo, rgb_to_lab, say, tone_of,
+                   working_copy, write_atomically)
 
 # rows of the table: score, heading, digits
 SCORES = {"psnr": ("PSNR, dB", 2), "ssim": ("SSIM", 3), "ciede2000": ("CIEDE2000", 2),

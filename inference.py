@@ -22,13 +22,12 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.nn import functional as F
 
 from basic_model import PRETRAINED, ColorNet, choose_device, load_checkpoint, upsample
-from colorize_data import find_photos
+from colorize_data import content_hash, find_photos, ordered_map, progress
 from controls import (MOODS, Controls, agree, apply_controls, fixed_dabs, fixed_points,
                       hint_correction, likeness_of, propagate_hints, read_controls, vary)
 from photo import (MADE, VERSION, ColorizeError, FlagError, Photo, check_target,
-                   content_hash, decode_photo, into_gamut, lab_to_rgb, lightness, made_with,
-                   ordered_map, photos_in, picture_sheet, progress, read_photo, say, tone_of,
-                   working_copy, write_photo)
+                   decode_photo, into_gamut, lab_to_rgb, lightness, made_with, photos_in,
+                   picture_sheet, read_photo, say, tone_of, working_copy, write_photo)
 
 STRIP = 1 << 19           # pixels of full resolution in memory at a time
 ENLARGE = 2.0             # at most, of photographs smaller than the working size

@@ -1,4 +1,4 @@
-"""Photographs in and out of files, ICC, EXIF; Lab, gamut; sheets; errors, progress.
+"""Photographs in and out of files, ICC, EXIF; Lab, gamut; sheets; errors, remarks.
 
 Units: L is 0..100, ab are CIE units, Lab is of sRGB under D65 and the 2-degree observer.
 """
@@ -6,17 +6,12 @@ Units: L is 0..100, ab are CIE units, Lab is of sRGB under D65 and the 2-degree 
 import contextlib
 import errno
 import functools
-import hashlib
 import os
 import platform
-import shutil
 import struct
 import sys
 import threading
-import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -76,38 +71,6 @@ def say(text: str, result: bool = False) -> None:
         print(printable(text), file=sys.stdout if result else sys.stderr, flush=True)
 
 
-def progress(items, total: int, label: str):
-    """Pass items through; one line redrawn on a terminal, one in 10 seconds elsewhere."""
-    start = drawn = time.monotonic()
-    line, pause = ("\r\x1b[K{}", 0.2) if sys.stderr.isatty() else ("{}\n", 10)
-    for done, item in enumerate(items, 1):
-        yield item
-        now = time.monotonic()
-        if now - drawn >= pause or (done == total and drawn > start):
-            drawn = now
-            # of all so far: photographs differ too much for the latest few to tell
-            left = timedelta(seconds=round((now - start) / done * (total - done)))
-            with TERMINAL:
-                print(line.format(f"{label}: {done}/{total}, {left} left"), file=sys.stderr,
-                      end="\n" * (pause < 1 and done == total), flush=True)
-
-
-def ordered_map(function, items, workers: int, window: int = 64):
-    """Like map, in threads, in order, with at most `window` results waiting to be taken."""
-    items = iter(items)
-    # threads, not processes: Pillow and numpy release the lock
-    with ThreadPoolExecutor(max(workers, 1)) as pool:
-        while batch := list(islice(items, window)):
-            yield from pool.map(function, batch)  # an error cancels what has not begun
-
-
-def temporary_for(path: Path) -> Path:
-    """A name beside path for what this thread writes, until it is whole."""
-    # 50 letters: a name may have 255 bytes
-    own = f"{path.name[:50]}.{HOST}-{os.getpid()}-{threading.get_native_id()}"
-    return path.with_name(f".{own}.part")
-
-
 @functools.cache  # once a folder: to list a large one for each file in it takes hours
 def clear_leftovers(folder: Path) -> None:
     """Remove what runs that were killed left in a folder; arrays may have gigabytes."""
@@ -117,12 +80,14 @@ def clear_leftovers(folder: Path) -> None:
             try:
                 os.kill(int(path.name.split("-")[-2]), 0)  # does nothing to one that lives
             except ProcessLookupError:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                path.unlink()
 
 
 def write_atomically(path: Path, write) -> None:
     """Call write(temporary path) and rename; on any failure nothing is left."""
-    temporary = temporary_for(path)
+    # a thread writes one file at a time; 50 letters: a name may have 255 bytes
+    own = f"{path.name[:50]}.{HOST}-{os.getpid()}-{threading.get_native_id()}"
+    temporary = path.with_name(f".{own}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(path.parent)
@@ -136,13 +101,6 @@ def write_atomically(path: Path, write) -> None:
     finally:
         with contextlib.suppress(OSError):  # also where its folder is none
             temporary.unlink()
-
-
-def content_hash(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal; "" where it cannot be read."""
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-    return ""
 
 
 # ---------------------------------------------------------------------------------- colour

@@ -26,9 +26,9 @@ from basic_model import (AB_SCALE, DECODERS, ENCODERS, ColorNet, Discriminator,
                          all_stored_ab, bins_prior, choose_device, color_bins, initialize,
                          read_checkpoint, save_checkpoint, soft_encode,
                          starting_checkpoint, use_bf16)
-from colorize_data import ColorizeData, count_colors, decode_lab, prepare
+from colorize_data import ColorizeData, count_colors, decode_lab, prepare, progress
 from evaluate import draw_curves, draw_preview, picture_scores, write_csv
-from photo import ColorizeError, FlagError, progress, say
+from photo import ColorizeError, FlagError, say
 
 FRESH_LR, TRAINED_LR = 1e-3, 4e-5  # AdamW's own; where all was trained: larger, it forgets
 EMA_DECAY = 0.999   # of the averaged weights, which are the ones validated and shipped

@@ -23,11 +23,11 @@ from PIL import (EpsImagePlugin, ExifTags, Image, ImageCms, ImageFile, ImageFilt
 from skimage import color
 
 import photo as photo_module
-from colorize_data import find_photos
+from colorize_data import find_photos, ordered_map, progress
 from conftest import made_photo
 from photo import (FORMATS, ColorizeError, Photo, check_target, in_gamut, into_gamut,
-                  lab_to_rgb, lightness, made_with, ordered_map, photos_in, picture_sheet,
-                  printable, progress, read_photo, rgb_to_lab, say, tone_of,
+                  lab_to_rgb, lightness, made_with, photos_in, picture_sheet,
+                  printable, read_photo, rgb_to_lab, say, tone_of,
                   write_atomically, write_photo)
 
 
@@ -685,8 +685,6 @@ def test_what_a_killed_process_left_is_cleared_and_what_others_write_is_not(tmp_
              own.replace(str(os.getpid()), "x"), "train.npy.part"]
     for name in [*stays, own.replace(str(os.getpid()), str(dead.pid))]:
         (tmp_path / name).touch()
-    (tmp_path / own.replace(str(os.getpid()), str(dead.pid)).replace("train", "zip") / "x").mkdir(
-        parents=True)
     write_atomically(tmp_path / "a.png", Path.touch)
     assert {path.name for path in tmp_path.iterdir()} == {*stays, "a.png", "names"}
 
