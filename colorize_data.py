@@ -114,8 +114,8 @@ def import_photos(source: Path, data: Path, val_fraction: float) -> None:
     by a hash of each content.
     """
     if not source.is_dir():
-        raise ColorizeError(f"--source {source}: no such folder; of a zip or another archive "
-                            "unpack the photographs, and name their folder")
+        raise ColorizeError(f"--source {source}: no such folder; a zip or another archive "
+                            "unpack yourself, and name its folder")
     source, target = source.resolve(), data.resolve()
     if source in (target, *target.parents) or target in source.parents:
         raise ColorizeError(f"--source {source}: lies in --data {data}, or that in it, and "

@@ -88,9 +88,8 @@ def read_hints(text: str) -> tuple[tuple, Image.Image | None]:
     """--hints "x,y,#rrggbb; ...", a .txt of these, or a dabbed copy: points and copy."""
     if not text:  # no flag
         return (), None
-    path = Path(text)
-    known = {".txt", *Image.registered_extensions()}  # points end in a colour
-    if "," not in text or path.suffix.lower() in known:
+    path, known = Path(text), {".txt", *Image.registered_extensions()}
+    if "," not in text or path.suffix.lower() in known:  # points end in a colour
         if path.suffix.lower() != ".txt":
             return (), read_photo(path).image.convert("RGB")
         try:
@@ -106,10 +105,9 @@ def read_hints(text: str) -> tuple[tuple, Image.Image | None]:
             hints.append((int(x), int(y), *hex_to_ab(color, "--hints")))
         except ValueError:
             raise FlagError(f"--hints '{point.strip()}': write x,y,#rrggbb") from None
-    if not hints:
-        raise FlagError(f"--hints '{path}': holds no point; write x,y,#rrggbb")
-    if len(hints) > MAX_HINTS:
-        raise FlagError(f"--hints: {MAX_HINTS} points are the most; dab on a copy instead")
+    if not 1 <= len(hints) <= MAX_HINTS:
+        raise FlagError(f"--hints {path.name:.40}: holds {len(hints)} points x,y,#rrggbb; "
+                        f"give 1 to {MAX_HINTS}, or dab on a copy")
     return tuple(hints), None
 
 
@@ -218,13 +216,12 @@ def vary(logits: np.ndarray, bins: np.ndarray, likeness: np.ndarray, places: tup
 
 # -------------------------------------------------------------------- mean colour and moods
 
-def tilt(probability: np.ndarray, colors: np.ndarray,
-         target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def tilt(probability: np.ndarray, colors: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Move the mean colour of distributions by the smallest change in relative entropy.
 
     probability (P, Q), colors (Q, 2), target (2,): p'(q) ~ p(q) exp(lambda . c_q), one
     lambda for all P: where the convex mean log-partition - lambda . target is least, whose
-    gradient is mean - target. Returns p', lambda; out of reach: the nearest found.
+    gradient is mean - target. Returns p'; out of reach: the nearest found.
     """
     log_p = torch.from_numpy(probability).double().clamp(min=1e-30).log()
     colors, target = torch.from_numpy(colors).double(), torch.from_numpy(target).double()
@@ -241,8 +238,7 @@ def tilt(probability: np.ndarray, colors: np.ndarray,
         result.backward()
         return result
     optimizer.step(value)
-    vector = vector.detach()
-    return torch.softmax(log_p + colors @ vector, dim=1).numpy(), vector.numpy()
+    return torch.softmax(log_p + colors @ vector.detach(), dim=1).numpy()
 
 
 def shift(ab: np.ndarray, L: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -295,7 +291,7 @@ def apply_controls(prediction: np.ndarray, L: np.ndarray, colors: np.ndarray | N
     def move(asked):
         if colors is None or factor < 0.3:  # sepia: there is too little colour to tilt
             return shift(decode(prediction, factor), L, asked)
-        moved, _ = tilt(prediction.reshape(len(prediction), -1).T, colors * factor, asked)
+        moved = tilt(prediction.reshape(len(prediction), -1).T, colors * factor, asked)
         return decode(moved.T.reshape(prediction.shape).astype(np.float32), factor)
     return reach_mean(move, L, wanted), wanted
 

@@ -22,6 +22,13 @@ def colorize(model, photo, size=64, **flags):
 
 # ------------------------------------------------------------------------------ tilting
 
+def tilted_by(before: np.ndarray, after: np.ndarray, colors: np.ndarray) -> np.ndarray:
+    """The lambda (2,) that made one distribution of the other: p' ~ p exp(lambda . c)."""
+    unknowns = np.column_stack([colors, np.ones(len(colors))])  # the last: their normalization
+    *vector, _ = np.linalg.lstsq(unknowns, np.log(after / before), rcond=None)[0]
+    return np.array(vector)
+
+
 def test_lambda_of_one_pixel_is_that_of_bisection():
     logits, line = np.array([0.3, -1.0, 2.0, 0.0, 0.5]), np.array([-40.0, -10.0, 0.0, 25.0, 60.0])
     probability, target = np.exp(logits) / np.exp(logits).sum(), 12.0
@@ -34,16 +41,17 @@ def test_lambda_of_one_pixel_is_that_of_bisection():
         middle = (low + high) / 2
         low, high = (middle, high) if tilted_mean(middle) < target else (low, middle)
     colors = np.stack([line, np.zeros(5)], axis=1)
-    moved, vector = tilt(probability[None], colors, np.array([target, 0.0]))
-    assert vector[0] == pytest.approx(low, abs=1e-4) and vector[1] == 0
-    assert moved[0] @ line == pytest.approx(target, abs=0.03)
+    moved = tilt(probability[None], colors, np.array([target, 0.0]))[0]
+    assert tilted_by(probability, moved, colors) == pytest.approx([low, 0], abs=1e-4)
+    assert moved @ line == pytest.approx(target, abs=0.03)
 
 
 def test_gradient_of_the_tilted_mean_is_the_covariance():
     random = np.random.default_rng(0)
     colors, probability = random.uniform(-80, 80, (40, 2)), random.dirichlet(np.ones(40), 30)
-    near, at = tilt(probability, colors, np.array([6.0, -3.0]))
-    far, beyond = tilt(probability, colors, np.array([6.5, -3.2]))
+    near = tilt(probability, colors, np.array([6.0, -3.0]))
+    far = tilt(probability, colors, np.array([6.5, -3.2]))
+    at, beyond = (tilted_by(probability[0], moved[0], colors) for moved in (near, far))
     middle = (near + far) / 2
     means = middle @ colors
     covariance = np.einsum("pq,qi,qj->ij", middle, colors, colors) / 30 - means.T @ means / 30
@@ -391,6 +399,6 @@ def test_alike_places_agree_and_unlike_ones_do_not():
 @pytest.mark.parametrize("content", ["", "\n \n", ";;\n"])
 def test_a_text_file_without_a_hint_is_an_error(tmp_path, content):
     (tmp_path / "hints.txt").write_text(content)
-    with pytest.raises(FlagError, match="hints.txt.*holds no point"):
+    with pytest.raises(FlagError, match="hints.txt.*holds 0 points"):
         read_hints(str(tmp_path / "hints.txt"))
     assert read_hints("") == ((), None)  # as where the flag is not given
