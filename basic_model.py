@@ -30,14 +30,14 @@ ENCODERS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "vgg11
             "vgg11_bn", "vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn",
             "mobilenet_v2", "densenet121", "efficientnet_b0", "resnext50_32x4d")
 DECODERS = ("unet", "plain")
-# of ColorNet's arguments, in checkpoints too; a hundred thousand classes fit in memory
+# of ColorNet's arguments, in checkpoints too
 CHOICES = {"encoder": ENCODERS, "decoder": DECODERS, "head": ("ab", "bins"),
-           "stages": (2, 3, 4), "classes": range(100_001)}
+           "stages": (2, 3, 4)}
 # the decoder's channels at each stride, the same for any encoder: for bins about as much
 # work as a ResNet-18, most of it where colours are decided (strides 8 and 4)
 WIDTHS = {32: 384, 16: 256, 8: 192, 4: 128, 2: 48, 1: 24}
 PRETRAINED = Path(__file__).resolve().parent / "checkpoints" / "pretrained.tar"
-FORMAT = 2        # of *.tar; 1 numbered the decoder's blocks instead of their strides
+FORMAT = 3        # of *.tar; 2 told classes of scenes besides colours
 # bounds on strangers' files; ours have 0.1 MB beside their tensors, and dicts 7 deep
 MAX_TEXT, MAX_VALUES, MAX_DEPTH = 8_000_000, 1_000_000, 10
 
@@ -118,15 +118,15 @@ class ColorNet(nn.Module):
     """Encoder, decoder and head of a colorizer; its arguments are CHOICES.
 
     decoder: unet joins the encoder's skips, plain does not. stages: 2, 3, 4, the encoder
-    ends at stride 8, 16, 32. classes: of scenes, told in training. colors: bins (Q, 2),
-    prior (Q,), temperature and saturation of a bins head; else a grid with an even prior.
+    ends at stride 8, 16, 32. colors: bins (Q, 2), prior (Q,), temperature and saturation
+    of a bins head; else a grid with an even prior.
     """
 
     def __init__(self, encoder: str = "resnet18", decoder: str = "unet", head: str = "ab",
-                 stages: int = 4, classes: int = 0, colors: dict | None = None):
+                 stages: int = 4, colors: dict | None = None):
         super().__init__()
         self.arguments = {"encoder": encoder, "decoder": decoder, "head": head,
-                          "stages": stages, "classes": classes}
+                          "stages": stages}
         if encoder not in ENCODERS:  # the command line has checked the others
             raise ColorizeError(f"--encoder {encoder}: choose one of {', '.join(ENCODERS)}")
         backbone = torchvision.models.get_model(encoder, weights=None)
@@ -159,8 +159,6 @@ class ColorNet(nn.Module):
         nn.init.zeros_(self.head.bias)  # an ab head starts gray, a bins head at the prior
         if head == "bins":
             self.head.bias.data.copy_(self.prior.clamp(min=1e-6).log())
-        # of the shipped network's training, which told scenes besides; kept to be read
-        self.scenes = nn.Linear(channels, classes) if classes else None
         # ImageNet's, since the encoder was trained with them
         for name, rgb in (("mean", [0.485, 0.456, 0.406]), ("std", [0.229, 0.224, 0.225])):
             self.register_buffer(name, torch.tensor(rgb).view(1, 3, 1, 1), persistent=False)
@@ -256,7 +254,7 @@ def use_bf16(amp: str, device: torch.device) -> bool:
 def save_checkpoint(path: Path, model: ColorNet, weights: dict | None = None, **extra):
     """Write a ColorNet as *.tar: `weights` (or its own), its colours, and the extra keys.
 
-    Extra are mean_ab, classes, training, resume. Raises ColorizeError, as for what is nan.
+    Extra are mean_ab, training, resume. Raises ColorizeError, as for what is nan.
     """
     weights = {  # matrices and kernels in half precision; batch norm and biases need more
         name: (w.half() if w.is_floating_point() and w.ndim > 1 else w).cpu().clone()

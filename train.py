@@ -337,7 +337,7 @@ class Training:
             "step": self.step, "photographs": len(self.train_data),
             "fingerprint": self.fingerprint, "scores": self.history[-1],
             "torch": str(torch.__version__)}
-        extra = {"mean_ab": self.mean_ab, "classes": [], "training": training}
+        extra = {"mean_ab": self.mean_ab, "training": training}
         if name == "last.tar":
             extra["resume"] = {key: part.state_dict() for key, part in self.parts.items()}
             extra["resume"] |= {"history": self.history, "sums": dict(self.sums)}

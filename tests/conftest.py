@@ -74,7 +74,7 @@ def make_checkpoint(path: Path, head: str) -> Path:
         model.head.weight.mul_(30)
         if head == "bins":  # likely colours near gray, as in photographs
             model.head.bias.copy_(-model.bins.norm(dim=1) / 15)
-    save_checkpoint(path, model.eval(), mean_ab=torch.zeros(101, 2), classes=[], training={})
+    save_checkpoint(path, model.eval(), mean_ab=torch.zeros(101, 2), training={})
     return path
 
 
