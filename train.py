@@ -156,10 +156,16 @@ class Training:
         self.mean_ab = torch.from_numpy(mean_ab).float()
         torch.manual_seed(s["seed"])  # of the weights that start random
         self.model = ColorNet(**arguments, colors=colors)
-        if not resumed:
-            self.start, _ = initialize(self.model, s["init"], start)
-        self.model.encoder.train(s["init"] == "none")  # a trained batch norm knows more
-        if s["encoder_share"] == 0:  # no gradients for it either: a step is a fifth faster
+        if resumed:
+            self.trained = bool(start["training"]["trained"])
+        else:
+            self.start, taken = initialize(self.model, s["init"], start)
+            names = (name for name, _ in self.model.named_parameters())
+            encoder = {name for name in names if name.startswith("encoder.")}
+            self.trained = encoder <= taken  # a start less deep leaves random layers
+        self.model.encoder.train(not self.trained)  # a trained batch norm knows more
+        # no gradients for it either: a step is a fifth faster
+        if self.trained and s["encoder_share"] == 0:
             self.model.encoder.requires_grad_(False)
         self.model.to(self.device, memory_format=torch.channels_last)  # faster there
         self.ema = AveragedModel(self.model, multi_avg_fn=ema_update)  # copies the buffers
@@ -171,15 +177,17 @@ class Training:
         s, encoder = self.settings, self.model.encoder
         others = [w for name, w in self.model.named_parameters() if "encoder." not in name]
         # features from a million photographs should change little for a few more
-        share = s["encoder_share"] if s["init"] != "none" else 1.0
+        share = s["encoder_share"] if self.trained else 1.0
         groups = [{"params": encoder.parameters(), "peak": s["lr"] * share},
                   {"params": others, "peak": s["lr"]}]  # "peak" is ours, for train_step
         self.parallel = distribute(self.model)
         self.parts = {"weights": self.model, "average": self.ema}  # of last.tar
         if s["loss"] == "gan":
-            self.judge = self.parts["discriminator"] = Discriminator().to(self.device)
-            self.parallel_judge = distribute(self.judge)
-            groups += [{"params": self.judge.parameters(), "peak": D_LR, "betas": D_BETAS}]
+            self.discriminator = Discriminator().to(self.device)
+            self.parts["discriminator"] = self.discriminator
+            self.parallel_discriminator = distribute(self.discriminator)
+            groups += [{"params": self.discriminator.parameters(), "peak": D_LR,
+                        "betas": D_BETAS}]
         self.optimizer = self.parts["optimizer"] = torch.optim.AdamW(groups)
 
     def batches(self, dataset: ColorizeData, numbers: range):
@@ -213,8 +221,9 @@ class Training:
             loss = L1_WEIGHT * loss + adversarial + d_loss  # which is of its own weights
         self.optimizer.zero_grad()
         loss.backward()  # and, on several ranks, the mean of all gradients
-        weights = [w for group in self.optimizer.param_groups for w in group["params"]]
-        norm = nn.utils.clip_grad_norm_(weights, MAX_NORM)
+        # each by its own norm: L1_WEIGHT would leave the discriminator next to nothing
+        networks = [self.parts[n] for n in ("weights", "discriminator") if n in self.parts]
+        norm = sum(nn.utils.clip_grad_norm_(n.parameters(), MAX_NORM) for n in networks)
         self.step += 1
         if not norm.isfinite():  # the same on all ranks: they skip a step together
             return self.skip_step()
@@ -237,13 +246,15 @@ class Training:
     def adversarial_losses(self, L, ab, made) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the network, where made ab is known as made; of the discriminator."""
         # both in one batch, or batch norm would tell them apart; float32, as it is small
-        logits = self.parallel_judge(torch.cat([L, L]), torch.cat([ab, made.detach()]))
+        logits = self.parallel_discriminator(torch.cat([L, L]),
+                                             torch.cat([ab, made.detach()]))
         real, fake = logits.chunk(2)
         # softplus: the cross-entropy with real (of -logits) and with made
         d_loss = (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2
-        self.judge.requires_grad_(False)  # gradients pass through it and leave nothing
-        adversarial = F.softplus(-self.judge(L, made)).mean()
-        self.judge.requires_grad_(True)
+        # gradients pass through it and leave nothing
+        self.discriminator.requires_grad_(False)
+        adversarial = F.softplus(-self.discriminator(L, made)).mean()
+        self.discriminator.requires_grad_(True)
         return adversarial, d_loss
 
     def validate(self) -> dict:
@@ -333,7 +344,8 @@ class Training:
         if RANK:
             return
         training = {  # what a reader needs to make it again; scores of the last whole epoch
-            "settings": self.settings, "start": self.start, "ranks": WORLD,
+            "settings": self.settings, "start": self.start, "trained": self.trained,
+            "ranks": WORLD,
             "step": self.step, "photographs": len(self.train_data),
             "fingerprint": self.fingerprint, "scores": self.history[-1],
             "torch": str(torch.__version__)}
@@ -347,11 +359,16 @@ class Training:
     def restore(self, contents: dict) -> None:
         """Take up a run where last.tar left it; a malformed one raises many kinds."""
         training, state = contents["training"], contents["resume"]
-        if (training["fingerprint"], training["ranks"]) != (self.fingerprint, WORLD):
-            raise ColorizeError(f"--resume: the photographs of {self.out}/last.tar, or its "
-                                f"{training['ranks']} devices, have changed; start anew")
+        path = self.out / "last.tar"
+        if training["ranks"] != WORLD:  # the batches of a step would be others
+            raise ColorizeError(f"--resume {path}: it ran on {training['ranks']} devices, "
+                                f"not {WORLD}: start as many")
+        if training["fingerprint"] != self.fingerprint:
+            raise ColorizeError(f"--resume {path}: the photographs have changed; start "
+                                f"with --init {path} and another --out")
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
+        math.fsum(group["peak"] for group in self.optimizer.param_groups)  # for train_step
         self.step, self.start = int(training["step"]), str(training["start"])
         self.history, self.sums = state["history"], Counter(state["sums"])
         # the step lies in, or at the end of, the epoch after the last one of the history
@@ -370,7 +387,8 @@ class Training:
             + ", bf16" * self.amp)
         words = [f"--{name}" if value is True else f"--{name} {shlex.quote(str(value))}"
                  for name, value in s.items() if value is not None and value is not False]
-        say("settings: " + " ".join(["python main.py train", *words]))
+        launcher = f"torchrun --nproc_per_node={WORLD}" if LAUNCHED else "python"
+        say("settings: " + " ".join([f"{launcher} main.py train", *words]))
 
     def verdict(self) -> str:
         """What best_model.tar holds, and whether training helped; or ColorizeError."""
@@ -413,7 +431,8 @@ def claim(out: Path, resumed: bool):
         raise ColorizeError(f"--out {out}: another training writes there, or it cannot be "
                             f"written ({error.strerror}); name another folder") from None
     if not resumed and ((out / "last.tar").exists() or (out / "best_model.tar").exists()):
-        raise ColorizeError(f"--out {out} holds a training: --resume auto, or another")
+        raise ColorizeError(f"--out {out}: holds a training: --resume auto, or another "
+                            "--out where last.tar is gone")
     return lock
 
 
@@ -457,7 +476,7 @@ def train(*, data: str = "data/input", out: str = "checkpoints", resume: str | N
     resume: auto, or a last.tar: go on where it stopped
     limit: use this many photographs (1..)
     The network, and what it learns:
-    init: auto (the shipped), imagenet, none, or a file
+    init: auto (the shipped, else ImageNet's), imagenet, none, a file
     encoder: torchvision's: resnet18, vgg16_bn, ...
     decoder: unet: the encoder's features joined, plain: none
     stages: the encoder ends at stride 8, 16 or 32

@@ -215,11 +215,11 @@ def test_each_adversarial_loss_teaches_one_network_alone(photos, tmp_path, check
     lab = torch.rand(2, 3, 64, 64) * 100
     made = training.model(lab[:, :1])
     losses = training.adversarial_losses(lab[:, :1], lab[:, 1:], made)
-    for loss, taught in zip(losses, (training.model, training.judge)):
-        for network in (training.model, training.judge):
+    for loss, taught in zip(losses, (training.model, training.discriminator)):
+        for network in (training.model, training.discriminator):
             network.zero_grad()
         loss.backward()
-        for network in (training.model, training.judge):
+        for network in (training.model, training.discriminator):
             grads = [p.grad for p in network.parameters() if p.grad is not None]
             assert any(grad.any() for grad in grads) == (network is taught)
 
@@ -237,6 +237,32 @@ def test_a_trained_encoder_keeps_its_batch_norm_and_at_share_0_its_weights(
     assert same["encoder.bn1.running_mean"] == still
     assert same["encoder.conv1.weight"] == kept
     assert (training.model.encoder.conv1.weight.grad is None) == kept  # and costs no time
+
+
+def test_an_encoder_with_random_layers_is_not_taken_for_a_trained_one(
+        photos, tmp_path, checkpoints):
+    init = str(checkpoints["ab"])  # ends at stride 8
+    deeper = {"init": init, "stages": 3, "encoder_share": 0.0}
+    training = made_training(photos, tmp_path, **deeper)
+    before = first_step(training)
+    after = training.model.state_dict()
+    for name in ("encoder.bn1.running_mean", "encoder.conv1.weight"):
+        assert not torch.equal(before[name], after[name])
+    assert len({group["peak"] for group in training.optimizer.param_groups}) == 1
+    contents = run(photos, tmp_path / "out", epochs=1, **deeper)
+    assert contents["training"]["trained"] is False
+    contents = run(photos, tmp_path / "same", epochs=1, init=init)
+    assert contents["training"]["trained"] is True
+
+
+def test_a_resumed_encoder_is_as_trained_as_it_was(photos, tmp_path, checkpoints):
+    for init, trained in ((str(checkpoints["ab"]), True), ("none", False)):
+        out = tmp_path / str(trained)
+        run(photos, out, epochs=1, init=init)
+        flags = {**train.__kwdefaults__, "out": str(out)}
+        del flags["resume"]
+        training = module.resume_training(out / "last.tar", flags, torch.device("cpu"))
+        assert training.trained == trained == (not training.model.encoder.training)
 
 
 def test_the_rate_of_each_weight_follows_the_schedule_and_a_trained_encoders_share(
@@ -317,10 +343,10 @@ def test_a_gan_weighs_l1_and_teaches_its_discriminator_at_a_rate_of_its_own(
         photos, tmp_path, checkpoints, monkeypatch):
     monkeypatch.setattr(module, "L1_WEIGHT", 0.0)
     training = made_training(photos, tmp_path, loss="gan", init=str(checkpoints["ab"]))
-    before = training.judge.layers[0].weight.clone()
+    before = training.discriminator.layers[0].weight.clone()
     first_step(training)
     assert training.model.head.weight.grad.any()  # of the adversarial loss alone
-    assert not torch.equal(before, training.judge.layers[0].weight)
+    assert not torch.equal(before, training.discriminator.layers[0].weight)
     assert [(g["lr"], *g["betas"]) for g in training.optimizer.param_groups][2] == (
         1e-4, 0.5, 0.999)
     monkeypatch.setattr(Training, "adversarial_losses",
@@ -528,7 +554,7 @@ def test_the_seed_is_the_run(photos, tmp_path):
 @pytest.mark.parametrize("change, said", [
     ({"batch_size": 4}, "batch_size 3, not 4"), ({"loss": "l1"}, "loss mse, not l1"),
     ({"epochs": 1}, "epochs 2, not 1"),
-    ({"data": "other"}, "the photographs of .* have changed")])
+    ({"data": "other"}, "the photographs have changed")])
 def test_resuming_names_the_setting_that_differs(change, said, photos, tmp_path):
     run(photos, tmp_path / "out")
     if "data" in change:
@@ -613,7 +639,8 @@ def spoil(contents: dict, where: str, value) -> None:
     ("resume/average", {}), ("resume/optimizer", {"state": 3}), ("training/step", "x"),
     ("training/step", 10 ** 9), ("resume/history", []), ("resume/history/0/epoch", None),
     ("resume/history/0/val_loss", None), ("resume/history/0/psnr", "high"),
-    ("resume/sums", None)])
+    ("resume/sums", None), ("training/trained", None),
+    ("resume/optimizer/param_groups/0/peak", None)])
 def test_a_malformed_last_tar_is_named_in_one_line(where, value, cut, tmp_path):
     path = tmp_path / "last.tar"
     contents = torch.load(cut, weights_only=True)
@@ -637,7 +664,7 @@ def test_resuming_on_another_number_of_ranks_is_refused(cut, tmp_path):
     contents = torch.load(cut, weights_only=True)
     contents["training"]["ranks"] = 2
     torch.save(contents, tmp_path / "last.tar")
-    with pytest.raises(ColorizeError, match="its 2 devices, have changed"):
+    with pytest.raises(ColorizeError, match="last.tar: it ran on 2 devices, not 1: start as many"):
         train(out=tmp_path, resume="auto")
 
 
