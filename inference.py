@@ -232,6 +232,8 @@ def plan_outputs(images: list[str], output: Path, ending: str,
         raise ColorizeError(f"{' '.join(images)}: no photograph below it; name one, or "
                             "another folder")
     if "." in output.name and not output.is_dir():  # a file
+        if extension:
+            raise FlagError(f"--output {output}: its ending is the format; no --format")
         if len(plan) > 1:
             raise ColorizeError(f"--output {output}: is one file for {len(plan)} "
                                 "photographs; name a folder")
@@ -270,6 +272,10 @@ def color_file(job: Job, pair: tuple[Path, Path]) -> str | ColorizeError:
             if len(photos) > 1 and not tiff:
                 raise ColorizeError(f"{source}: has {len(photos)} pages, which only a .tif "
                                     "can hold; name one as --output, or --format tif")
+            width, height = photos[0].image.size
+            across = 2 * width if job.kind == "compare" else width
+            if job.kind != "sheet":  # which is small, whatever the photograph
+                check_target(target, max(across, height))
             deep = tiff and modes == ["I;16"] and job.kind == "color"
             pictures, remarks = zip(*(make_picture(job, photo, deep) for photo in photos))
             # metadata are those of the first page
@@ -280,7 +286,6 @@ def color_file(job: Job, pair: tuple[Path, Path]) -> str | ColorizeError:
     remarks = [remark for page in remarks for remark in page] + [lost]
     if there not in ("", job.description):
         remarks.append("in place of one made with other settings")
-    width, height = photos[0].image.size
     line = f"{source} -> {target} ({width}x{height}, {time.monotonic() - start:.1f} s)"
     return "; ".join([line] + [remark for remark in dict.fromkeys(remarks) if remark])
 
@@ -298,7 +303,7 @@ def make_picture(job: Job, photo: Photo, deep: bool) -> tuple:
     prediction = predict(job.model, image, job.size)
     picture, mean, wanted = add_color(job.model, image, prediction, job.controls, deep)
     # what a user would want to know before trusting the picture
-    if image.mode == "I;16" and not deep:
+    if image.mode == "I;16" and not deep and job.kind == "color":
         remarks.append("16-bit gray was written as 8-bit; a .tif of one page keeps it")
     if tone_of(image) == "coloured":
         remarks.append("has colour already: only its lightness was used")

@@ -25,6 +25,7 @@ MADE = "Colours added by colorize"  # how the description of a result begins
 MIN_CHROMA = 2.0      # mean chroma under this: a gray photograph teaches gray
 MAX_MEGAPIXELS = 250  # RGBA and its RGB result take 9 bytes a pixel: 2.3 GB
 MAX_SIDE = 65_500     # libjpeg's own bound; keeps rows short, and strips are whole rows
+MAX_SIDES = {"WEBP": 16_383, "JPEG": 65_500}  # what these formats can hold
 MAX_PAGES = 500       # of a TIFF, whose tiny pages cost time, not pixels
 Image.init()
 Image.MAX_IMAGE_PIXELS = None  # photos_in has the one bound
@@ -271,6 +272,8 @@ def decode_photo(image: Image.Image, free: bool = False) -> Photo:
     source, (image, exif) = image, upright(image)
     if free:
         source.im = None  # or there were 13 bytes for each pixel
+    # 12 bits in 16: asked before white may become black
+    dim = image.mode[0] == "I" and 0 < np.asarray(image).max() < 4096
     if image.mode.startswith("I;16") and tags.get(TAG.PhotometricInterpretation) == 0:
         image = Image.fromarray(~np.asarray(image))  # zero is white; Pillow turns 8 bits
     alpha = None
@@ -279,8 +282,9 @@ def decode_photo(image: Image.Image, free: bool = False) -> Photo:
         image, alpha = image.convert(image.mode[:-1]), image.getchannel("A")
     image, note = to_srgb(image, profile)
     notes = ["16-bit colour was read as 8-bit"] * (deep and image.mode != "I;16")
-    if image.mode == "I;16" and 0 < image.getextrema()[1] < 4096:  # 12 bits, in 16
-        notes.append("dark: no value over 4095 of 65535; a 12-bit scan needs them times 16")
+    if dim:
+        notes.append("only values to 4095 of 65535 are used; a 12-bit scan needs them "
+                     "times 16")
     notes += ["the first picture of an animation"] * animated + [note] * bool(note)
     dpi = dpi if dpi and all(1 < x < 65536 for x in dpi) else None  # what files can hold
     return Photo(image, alpha, exif, dpi, "; ".join(notes))
@@ -353,12 +357,15 @@ def tone_of(image: Image.Image) -> str:
 
 # ------------------------------------------------------------------------- a photograph out
 
-def check_target(path: Path) -> str:
-    """The format for a picture at path; ColorizeError before the work."""
+def check_target(path: Path, side: int = 0) -> str:
+    """The format for a picture of that long side; ColorizeError before the work."""
     kind = Image.EXTENSION.get(path.suffix.lower())
     if kind not in WRITABLE:
         raise ColorizeError(f"{path}: '{path.suffix}' is no picture format that can be "
                             "written; use .png, .jpg, .tif or .webp")
+    if side > MAX_SIDES.get(kind, side):
+        raise ColorizeError(f"{path}: {kind} holds {MAX_SIDES[kind]} pixels a side, not "
+                            f"{side}; name a .png or .tif, or --format png (or tif)")
     # the nearest that exists; the folders below it will be made
     folder = next(p for p in path.absolute().parents if os.path.exists(p))
     if os.path.isdir(path) or len(os.fsencode(path.name)) > 255 or \

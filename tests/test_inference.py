@@ -290,6 +290,28 @@ def test_format_and_suffix_name_the_results(run, tmp_path):
     assert files(tmp_path / "two") == ["a_color.png", "b_color.tif"]
 
 
+@pytest.mark.parametrize("size, name, compare", [
+    ((40, 16384), "x.webp", False), ((8192, 40), "x.webp", True), ((32751, 40), "x.jpg", True)])
+def test_sides_that_a_format_cannot_hold_are_said_before_the_work(
+        run, tmp_path, monkeypatch, size, name, compare):
+    monkeypatch.setattr(inference, "predict", None)
+    Image.new("L", size, 99).save(tmp_path / "a.png")
+    with pytest.raises(ColorizeError, match="pixels a side, not .*--format png"):
+        run(tmp_path / "a.png", tmp_path / name, compare=compare)
+
+
+def test_sides_that_a_format_just_holds_are_written(run, tmp_path):
+    Image.new("L", (16383, 40), 99).save(tmp_path / "a.png")
+    run(tmp_path / "a.png", tmp_path / "x.webp")
+    assert Image.open(tmp_path / "x.webp").size == (16383, 40)
+
+
+def test_a_file_as_output_and_a_format_contradict_each_other(run, tmp_path):
+    gray_photo().save(tmp_path / "a.png")
+    with pytest.raises(FlagError, match="no --format"):
+        run(tmp_path / "a.png", tmp_path / "x.png", format="jpg")
+
+
 def test_compare_is_gray_beside_colour(run, tmp_path):
     gray_photo().save(tmp_path / "a.png")
     run(tmp_path / "a.png", tmp_path / "plain.png")

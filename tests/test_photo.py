@@ -699,6 +699,13 @@ def test_12_bit_values_in_16_bits_come_as_they_are_and_it_is_said_that_they_are_
     assert np.array_equal(photo.image, values) and ("4095" in photo.note) == said
 
 
+def test_12_bit_values_where_zero_is_white_are_said_too(tmp_path):
+    values = np.linspace(0, 4095, 2000).reshape(40, 50).astype(np.uint16)
+    tifffile.imwrite(tmp_path / "x.tif", values, photometric="miniswhite")
+    photo = read_photo(tmp_path / "x.tif")
+    assert np.array_equal(photo.image, 65535 - values) and "times 16" in photo.note
+
+
 @pytest.mark.parametrize("kind", ["postscript", "container of postscript"])
 def test_no_reader_of_programs_is_even_asked(tmp_path, monkeypatch, kind):
     """Where Ghostscript is not installed the message alone would be the same."""
