@@ -95,11 +95,12 @@ def find_photos(folder: Path) -> list[Path]:
             names, reason = [], f"cannot be read: {error.strerror}"
             passed_over[reason].append(here)
         for path in (here / name for name in names):
-            if path.is_symlink():  # it may lead to all of the machine, or in a circle
+            # os.path never raises, where a folder may be listed and not entered
+            if os.path.islink(path):  # it may lead to all of the machine, or in a circle
                 passed_over["link"].append(path)
-            elif path.is_dir():
+            elif os.path.isdir(path):
                 waiting.append(path)
-            elif path.suffix.lower() in readable and path.is_file():  # no pipe
+            elif path.suffix.lower() in readable and os.path.isfile(path):  # no pipe
                 found.append(path)
             else:  # such as HEIC, raw, or notes
                 passed_over["no format that can be read"].append(path)
@@ -179,20 +180,22 @@ def prepare(data: Path, workers: int | None = None) -> dict:
                 file = path.stat()
                 seen[path.relative_to(data).as_posix()] = [file.st_size, file.st_mtime_ns]
     if not any(name.startswith("train/") for name in seen):
+        source = data if os.path.isdir(data) else "FOLDER"
         raise ColorizeError(f"no photograph below {data / 'train'}; if they are elsewhere: "
-                            f"python main.py data --source {data} --data mine")
-    book, known = data / "processed" / "manifests.json.gz", {}  # gz has a checksum
+                            f"python main.py data --source {source} --data mine")
+    manifest_path, known = data / "processed" / "manifests.json.gz", {}  # has a checksum
     with contextlib.suppress(OSError, EOFError, ValueError, TypeError, zlib.error):
-        known = dict(json.loads(gzip.decompress(book.read_bytes())))
+        known = dict(json.loads(gzip.decompress(manifest_path.read_bytes())))
     made_of = [ARRAY_FORMAT, SIDE, seen]  # which the arrays must be
     if known.get("made_of") != made_of or not is_whole(
-            book.parent, known.get("manifests"), workers):
-        why = "of other photographs or damaged" if book.exists() else "not built yet"
-        say(f"{book.parent}: {why}; building the arrays")
-        write_atomically(book, Path.touch)  # emptied: a killed build never looks finished
+            manifest_path.parent, known.get("manifests"), workers):
+        there = manifest_path.exists()
+        why = "of other photographs or damaged" if there else "not built yet"
+        say(f"{manifest_path.parent}: {why}; building the arrays")
+        write_atomically(manifest_path, Path.touch)  # a killed build never looks finished
         known = {"made_of": made_of, "manifests": build_arrays(data, [*seen], workers)}
         packed = gzip.compress(json.dumps(known).encode())
-        write_atomically(book, lambda temporary: temporary.write_bytes(packed))
+        write_atomically(manifest_path, lambda temporary: temporary.write_bytes(packed))
     for manifest in known["manifests"].values():
         say_names("left out", manifest["left_out"])
     if not known["manifests"]["train"]["photographs"]:
@@ -255,7 +258,8 @@ def build_arrays(data: Path, names: list, workers: int) -> dict:
     Where there is no val, a share of train is, by hash: whatever is added, none moves.
     """
     digests = ordered_map(content_hash, [data / name for name in names], workers)
-    hashes = dict(zip(names, progress(digests, len(names), "reading")))
+    digests = progress(digests, len(names), "reading")  # first in zip, or it never ends
+    hashes = {name: digest for digest, name in zip(digests, names)}
     share = 0 if any(name.startswith("val/") for name in names) else VAL_SHARE
 
     def write(in_val):
@@ -291,7 +295,7 @@ def write_array(data: Path, split: str, hashes: dict, workers: int) -> dict:
     def write(temporary):
         with open(temporary, "wb") as file:
             file.seek(128)  # the header comes when the number of rows is known
-            for (name, digest), (lab, reason) in zip(hashes.items(), squares):
+            for (lab, reason), (name, digest) in zip(squares, hashes.items()):
                 if lab is None:
                     left_out.setdefault(reason, []).append(name)
                     continue

@@ -97,7 +97,8 @@ def read_hints(text: str) -> tuple[tuple, Image.Image | None]:
                 raise OSError
             text = path.read_text(encoding="utf-8-sig").replace("\n", ";")
         except (OSError, ValueError):
-            raise ColorizeError(f"--hints {path}: is no text of points") from None
+            raise ColorizeError(f"--hints {path}: cannot be read as text under 1 MB; check "
+                                "the path") from None
     hints = []
     for point in filter(str.strip, text.split(";")):
         try:
@@ -298,8 +299,7 @@ def apply_controls(prediction: np.ndarray, L: np.ndarray, colors: np.ndarray | N
 
 # ------------------------------------------------------------------------------------ hints
 
-def fixed_points(hints: tuple, image: Image.Image,
-                 L: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def fixed_points(hints: tuple, image: Image.Image, L: np.ndarray) -> tuple:
     """Which pixels of L (h, w) the hints fix, (h, w) bool, and their ab (h, w, 2).
 
     hints: (x, y, a, b) in pixels of the photograph `image`, of which L is the working copy.

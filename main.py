@@ -176,7 +176,7 @@ def main(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        # by name: photo imports torch
+        # by name: help and flags need no other module
         kinds = {kind.__name__ for kind in type(error).__mro__}
         if kinds & {"UsageError", "ColorizeError"}:
             text = str(error)
@@ -190,7 +190,7 @@ def main(arguments: list[str]) -> int:
             raise
         if os.environ.get("COLORIZE_TRACEBACK"):
             raise
-    # no name of a file or server can move the cursor
+    # no name of a file can move the cursor
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     print(f"error: {text}", file=sys.stderr)
     return 2 if kinds & {"UsageError", "FlagError"} else 1

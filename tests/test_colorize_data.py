@@ -115,7 +115,20 @@ def test_a_share_is_set_aside_for_validation_that_added_photographs_never_move(
     assert first.items() <= second.items()
 
 
+def test_every_bar_of_a_build_comes_to_its_end(data, monkeypatch):
+    ended = []
+
+    def bar(items, total, label):
+        yield from items
+        ended.append(label)
+    monkeypatch.setattr(colorize_data, "progress", bar)
+    prepare(data)
+    assert ended == ["reading", "train.npy", "val.npy"]
+
+
 def test_nothing_to_learn_from_is_named(tmp_path):
+    with pytest.raises(ColorizeError, match="--source FOLDER --data"):
+        prepare(tmp_path / "none")
     with pytest.raises(ColorizeError, match=f"{tmp_path / 'train'}.* --source {tmp_path} --data"):
         prepare(tmp_path)
     (tmp_path / "train").mkdir()
