@@ -16,9 +16,9 @@ sys.path.insert(0, str(ROOT))
 
 import inference  # noqa: E402
 from basic_model import PRETRAINED, load_checkpoint  # noqa: E402
+from colorize_data import find_photos  # noqa: E402
 from controls import Controls  # noqa: E402
 from evaluate import score, scored_copy, summarize  # noqa: E402
-from photo import find_photos  # noqa: E402
 
 SHIPPED, AGREE = inference.SCALES, inference.agree
 WAYS = {  # working sizes with their weights, and whether alike places agree
