@@ -69,7 +69,7 @@ def cross_entropy(bins: torch.Tensor):
     return loss, 1.0  # nats stay nats
 
 
-# of a model: loss(model, output, true ab), on ab/110, and the factor from there to ab units
+# of a model: loss(model, output, true ab in CIE units), and its factor in the log
 OBJECTIVES = {
     "mse": lambda model: regression(nn.MSELoss(), 2),
     "l1": lambda model: regression(nn.L1Loss(), 1),
@@ -399,7 +399,7 @@ class Training:
         for name in ("val_loss", "color_ratio"):
             text += f", {name} {best[name]:.4g} ({start[name]:.4g} at the start)"
         if best is start:
-            text += ": training did not help; lower --lr, --encoder_share 0, more photos"
+            text += ": training did not help; try more --epochs, a lower --lr, more photos"
         return text
 
 
