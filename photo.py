@@ -44,6 +44,7 @@ TAG = ExifTags.Base
 KEPT_TAGS = {TAG.DocumentName, TAG.ImageDescription, TAG.Make, TAG.Model, TAG.DateTime,
              TAG.Artist, TAG.Copyright, TAG.XResolution, TAG.YResolution,
              TAG.ResolutionUnit, TAG.ExifOffset, TAG.GPSInfo, TAG.PageName}
+SUBDIRECTORIES = ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo  # exposure, and where it was
 HOST = platform.node()[:20]  # processes have numbers of their own on each machine
 TERMINAL = threading.Lock()  # lines and bars of all threads go out whole
 ASKING, MEGAPIXELS = threading.Lock(), threading.Semaphore(MAX_MEGAPIXELS)  # for photos_in
@@ -400,6 +401,8 @@ def write_photo(path: Path, pages: list, photo: Photo, description: str = "") ->
     words = str(exif.get(TAG.ImageDescription) or "").split(MADE)[0].rstrip("; ")
     exif[TAG.ImageDescription] = "; ".join(filter(None, [words, description]))
     exif[TAG.Software] = f"colorize {VERSION}"
+    if isinstance(first, np.ndarray) and any(map(exif.get_ifd, SUBDIRECTORIES)):
+        lost = "exposure and GPS data were left out of the 16-bit TIFF"
     keep_letters(exif)
 
     def write(temporary):

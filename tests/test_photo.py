@@ -744,3 +744,16 @@ def test_captions_keep_their_letters_byte_by_byte(tmp_path, source, name):
     assert content.count(words + b"; " + MADE.encode() + b"\0") == content.count(b"Gro") == 1
     assert Image.open(tmp_path / name).getexif()[TAG.Artist] == "Jörg"
     assert made_with(tmp_path / name) == MADE
+
+
+@pytest.mark.parametrize("exposure", [True, False])
+def test_what_a_16_bit_result_cannot_hold_of_the_exif_is_said(tmp_path, exposure):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Artist] = "A. Nother"
+    if exposure:
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.ExposureTime] = 0.01
+    Image.new("I;16", (20, 10), 9000).save(tmp_path / "x.png", exif=exif)
+    pages = [np.zeros((10, 20, 3), np.uint16)]
+    lost = write_photo(tmp_path / "y.tif", pages, read_photo(tmp_path / "x.png"))
+    assert lost == ("exposure and GPS data were left out of the 16-bit TIFF" if exposure else "")
+    assert Image.open(tmp_path / "y.tif").getexif()[ExifTags.Base.Artist] == "A. Nother"
