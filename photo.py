@@ -25,7 +25,7 @@ MADE = "Colours added by colorize"  # how the description of a result begins
 MIN_CHROMA = 2.0      # mean chroma under this: a gray photograph teaches gray
 MAX_MEGAPIXELS = 250  # RGBA and its RGB result take 9 bytes a pixel: 2.3 GB
 MAX_SIDE = 65_500     # libjpeg's own bound; keeps rows short, and strips are whole rows
-MAX_SIDES = {"WEBP": 16_383, "JPEG": 65_500}  # what these formats can hold
+MAX_SIDES = {"WEBP": 16_383, "JPEG": MAX_SIDE}  # what these formats can hold
 MAX_PAGES = 500       # of a TIFF, whose tiny pages cost time, not pixels
 Image.init()
 Image.MAX_IMAGE_PIXELS = None  # photos_in has the one bound
@@ -301,6 +301,8 @@ def upright(image: Image.Image) -> tuple[Image.Image, bytes]:
         # sides before it was turned; a maker's note fills most of what a JPEG can hold
         for tag in (TAG.ExifImageWidth, TAG.ExifImageHeight, TAG.MakerNote):
             exif.get_ifd(ExifTags.IFD.Exif).pop(tag, None)
+        if isinstance(words := image.info.get("Description"), str):  # a PNG's own text
+            exif.setdefault(TAG.ImageDescription, words)
         # tifffile, OME and ImageJ write there for themselves how the pixels lie
         if str(exif.get(TAG.ImageDescription)).startswith(('{"', "<?xml", "ImageJ=")):
             del exif[TAG.ImageDescription]

@@ -757,3 +757,13 @@ def test_what_a_16_bit_result_cannot_hold_of_the_exif_is_said(tmp_path, exposure
     lost = write_photo(tmp_path / "y.tif", pages, read_photo(tmp_path / "x.png"))
     assert lost == ("exposure and GPS data were left out of the 16-bit TIFF" if exposure else "")
     assert Image.open(tmp_path / "y.tif").getexif()[ExifTags.Base.Artist] == "A. Nother"
+
+
+def test_the_text_of_a_png_that_describes_it_stays(tmp_path):
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("Description", "The bridge, 1911")
+    Image.new("L", (20, 10), 90).save(tmp_path / "x.png", pnginfo=texts)
+    photo = read_photo(tmp_path / "x.png")
+    write_photo(tmp_path / "y.png", [photo.image.convert("RGB")], photo, "coloured")
+    description = Image.open(tmp_path / "y.png").getexif()[ExifTags.Base.ImageDescription]
+    assert description == "The bridge, 1911; coloured"
