@@ -164,8 +164,9 @@ def print_table(title: str, summaries: dict) -> None:
     print(" " * 20 + "".join(method.rjust(width) for method, width in widths.items()))
     for name, (heading, digits) in SCORES.items():
         if all(name in summary for summary in summaries.values()):  # else: no truth
-            cells = ("{:.{d}f} +-{:.{d}f}".format(*summary[name], d=digits)
-                     for summary in summaries.values())
+            values = (summary[name] for summary in summaries.values())
+            cells = (f"{mean:.{digits}f}" + f" +-{half:.{digits}f}" * (half > 0)
+                     for mean, half in values)  # one photograph has no interval
             print(f"{heading:<20}" + "".join(map(str.rjust, cells, widths.values())))
 
 

@@ -160,8 +160,8 @@ class Training:
             self.trained = bool(start["training"]["trained"])
         else:
             self.start, taken = initialize(self.model, s["init"], start)
-            names = (name for name, _ in self.model.named_parameters())
-            encoder = {name for name in names if name.startswith("encoder.")}
+            own = self.model.encoder.named_parameters()
+            encoder = {f"encoder.{name}" for name, _ in own}
             self.trained = encoder <= taken  # a start less deep leaves random layers
         self.model.encoder.train(not self.trained)  # a trained batch norm knows more
         # no gradients for it either: a step is a fifth faster
@@ -345,8 +345,7 @@ class Training:
             return
         training = {  # what a reader needs to make it again; scores of the last whole epoch
             "settings": self.settings, "start": self.start, "trained": self.trained,
-            "ranks": WORLD,
-            "step": self.step, "photographs": len(self.train_data),
+            "ranks": WORLD, "step": self.step, "photographs": len(self.train_data),
             "fingerprint": self.fingerprint, "scores": self.history[-1],
             "torch": str(torch.__version__)}
         extra = {"mean_ab": self.mean_ab, "training": training}
@@ -358,8 +357,8 @@ class Training:
 
     def restore(self, contents: dict) -> None:
         """Take up a run where last.tar left it; a malformed one raises many kinds."""
-        training, state = contents["training"], contents["resume"]
-        path = self.out / "last.tar"
+        path, training = self.out / "last.tar", contents["training"]
+        state = contents["resume"]
         if training["ranks"] != WORLD:  # the batches of a step would be others
             raise ColorizeError(f"--resume {path}: it ran on {training['ranks']} devices, "
                                 f"not {WORLD}: start as many")
@@ -389,6 +388,8 @@ class Training:
                  for name, value in s.items() if value is not None and value is not False]
         launcher = f"torchrun --nproc_per_node={WORLD}" if LAUNCHED else "python"
         say("settings: " + " ".join([f"{launcher} main.py train", *words]))
+        if len(self.history) > s["epochs"]:  # of the start there is a row, too
+            say(f"its {s['epochs']} epochs are done; to go on give more --epochs")
 
     def verdict(self) -> str:
         """What best_model.tar holds, and whether training helped; or ColorizeError."""
@@ -398,15 +399,18 @@ class Training:
         text = f"{path}: epoch {best['epoch']}"
         for name in ("val_loss", "color_ratio"):
             text += f", {name} {best[name]:.4g} ({start[name]:.4g} at the start)"
-        if best is start:
-            text += ": training did not help; try more --epochs, a lower --lr, more photos"
-        return text
+        if best is start:  # never of a gan, whose loss may rise, too
+            return f"{text}: training did not help; more photographs, or a lower --lr, may"
+        return text + ": training helped" * (best["val_loss"] < start["val_loss"])
 
 
 # ------------------------------------------------------------------------------ the command
 
 def settle(flags: dict, start: dict) -> tuple[dict, dict]:
-    """The settings, all of them known, and ColorNet's arguments."""
+    """The settings, all of them known, and ColorNet's arguments; or FlagError."""
+    for name, known in (("loss", OBJECTIVES), ("encoder", ENCODERS), ("decoder", DECODERS)):
+        if flags[name] not in known:  # nor need those of an old last.tar be
+            raise FlagError(f"--{name} {flags[name]}: choose one of {', '.join(known)}")
     model = start.get("model", {})
     arguments = {name: flags[name] for name in ("encoder", "decoder", "stages")}
     # losses other than bins fit the head that they find, of bins the mean colour
@@ -494,9 +498,6 @@ def train(*, data: str = "data/input", out: str = "checkpoints", resume: str | N
     """
     flags = locals() | {"data": str(data), "out": str(out)}
     del flags["resume"]
-    for name, known in (("loss", OBJECTIVES), ("encoder", ENCODERS), ("decoder", DECODERS)):
-        if flags[name] not in known:
-            raise FlagError(f"--{name} {flags[name]}: choose one of {', '.join(known)}")
     device, path = choose_device(device), Path(resume or "")
     if resume == "auto" and not (path := Path(out, "last.tar")).exists():
         say(f"nothing to resume in {out}: starting anew")

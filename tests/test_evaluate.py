@@ -181,6 +181,15 @@ def test_the_table_has_a_column_a_method_and_a_row_a_score(report, checkpoints):
     assert lines[4].endswith("{:.2f} +-{:.2f}".format(*expected))
 
 
+def test_one_photograph_has_no_interval(capsys):
+    scores = {"psnr": 20.0, "ciede2000": 9.5}
+    evaluate.print_table("one", {"gray": evaluate.summarize([scores])})
+    evaluate.print_table("two", {"gray": evaluate.summarize([scores, {**scores, "psnr": 22.0}])})
+    one, two = capsys.readouterr().out.split("two")
+    assert one.count("+-") == 1 and "20.00\n" in one  # that of the heading
+    assert "21.00 +-1.96" in two
+
+
 def test_json_and_csv_hold_every_score(report, checkpoints):
     out, _ = report
     written = json.loads((out / "evaluation.json").read_text())

@@ -475,7 +475,8 @@ def test_it_is_said_how_much_training_helped(photos, tmp_path, monkeypatch, caps
     monkeypatch.setattr(Training, "validate", better_and_better)
     run(photos, tmp_path)
     out = capsys.readouterr().out
-    assert "epoch 2, val_loss 44 (50 at the start)" in out and "did not help" not in out
+    assert "epoch 2, val_loss 44 (50 at the start)" in out and "training helped" in out
+    assert "did not help" not in out
 
 
 def test_values_that_are_not_finite_are_never_announced(photos, tmp_path, monkeypatch,
@@ -668,9 +669,18 @@ def test_resuming_on_another_number_of_ranks_is_refused(cut, tmp_path):
         train(out=tmp_path, resume="auto")
 
 
-def test_longer_epochs_are_allowed(photos, tmp_path):
+def test_a_finished_training_says_how_it_goes_on(photos, tmp_path, capsys):
     run(photos, tmp_path, epochs=1)
+    assert "to go on" not in capsys.readouterr().err
+    run(photos, tmp_path, epochs=1, resume="auto")
+    assert "its 1 epochs are done; to go on give more --epochs" in capsys.readouterr().err
     assert len(run(photos, tmp_path, resume="auto", epochs=2)["resume"]["history"]) == 3
+
+
+def test_a_training_by_a_loss_that_was_removed_since_names_it(cut, monkeypatch):
+    monkeypatch.delitem(module.OBJECTIVES, "mse")
+    with pytest.raises(FlagError, match="--loss mse: choose one of l1"):
+        train(out=cut.parent, resume="auto")
 
 
 def test_a_model_is_no_training_to_resume(photos, checkpoints):
