@@ -29,8 +29,8 @@ from colorize_data import (SIDE, ColorizeData, content_hash, decode_lab, find_ph
                            ordered_map, progress)
 from controls import Controls, read_controls
 from inference import colorize, load_model
-from photo import (ColorizeError, FlagError, lab_to_image, lab_to_rgb, lightness,
-                   picture_sheet, printable, read_photo, rgb_to_lab, say, tone_of,
+from photo import (ColorizeError, FlagError, is_colored, lab_to_image, lab_to_rgb,
+                   lightness, picture_sheet, printable, read_photo, rgb_to_lab, say,
                    working_copy, write_atomically)
 
 # rows of the table: score, heading, digits
@@ -187,7 +187,7 @@ def scored_copy(path: Path) -> tuple[Image.Image, bool]:
     picture = working_copy(image, SIDE).convert("RGB")
     if min(picture.size) < 32:
         raise ColorizeError(f"{path}: too small to score; 32 pixels are the least")
-    return picture, tone_of(image) == "coloured"  # sepia is no truth
+    return picture, is_colored(image)  # sepia is no truth
 
 
 def score_all(paths: list[Path], methods: dict) -> dict[str, dict]:

@@ -26,8 +26,8 @@ from colorize_data import content_hash, find_photos, ordered_map, progress
 from controls import (MOODS, Controls, agree, apply_controls, fixed_dabs, fixed_points,
                       hint_correction, likeness_of, propagate_hints, read_controls, vary)
 from photo import (MADE, VERSION, ColorizeError, FlagError, Photo, check_target,
-                   decode_photo, into_gamut, lab_to_rgb, lightness, made_with, photos_in,
-                   picture_sheet, read_photo, say, tone_of, working_copy, write_photo)
+                   decode_photo, into_gamut, is_colored, lab_to_rgb, lightness, made_with,
+                   photos_in, picture_sheet, read_photo, say, working_copy, write_photo)
 
 STRIP = 1 << 19           # pixels of full resolution in memory at a time
 ENLARGE = 2.0             # at most, of photographs smaller than the working size
@@ -305,7 +305,7 @@ def make_picture(job: Job, photo: Photo, deep: bool) -> tuple:
     # what a user would want to know before trusting the picture
     if image.mode == "I;16" and not deep and job.kind == "color":
         remarks.append("16-bit gray was written as 8-bit; a .tif of one page keeps it")
-    if tone_of(image) == "coloured":
+    if is_colored(image):
         remarks.append("has colour already: only its lightness was used")
     if wanted is not None:
         remarks.append("mean ab {:.1f},{:.1f} asked, {:.1f},{:.1f} achieved".format(

@@ -29,7 +29,7 @@ MAX_SIDES = {"WEBP": 16_383, "JPEG": MAX_SIDE}  # what these formats can hold
 MAX_PAGES = 500       # of a TIFF, whose tiny pages cost time, not pixels
 Image.init()
 Image.MAX_IMAGE_PIXELS = None  # photos_in has the one bound
-Image.core.set_block_size(64 << 20)  # over 32 MB, where malloc gives back what is freed
+Image.core.set_block_size(64 << 20)  # over 32 MB: what is freed goes back to the system
 # none of these opens another file inside itself, as IPTC does an EPS, which is a program
 FORMATS = "JPEG PNG TIFF WEBP AVIF GIF BMP PPM JPEG2000 TGA PSD".split()
 # what is written, and how; full chroma: colour was added
@@ -43,7 +43,7 @@ TAG = ExifTags.Base
 # what EXIF says of the photograph; the other tags tell how one file lays out its pixels
 KEPT_TAGS = {TAG.DocumentName, TAG.ImageDescription, TAG.Make, TAG.Model, TAG.DateTime,
              TAG.Artist, TAG.Copyright, TAG.XResolution, TAG.YResolution,
-             TAG.ResolutionUnit, TAG.ExifOffset, TAG.GPSInfo, TAG.PageName}
+             TAG.ResolutionUnit, TAG.PageName}
 SUBDIRECTORIES = ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo  # exposure, and where it was
 HOST = platform.node()[:20]  # processes have numbers of their own on each machine
 TERMINAL = threading.Lock()  # lines and bars of all threads go out whole
@@ -125,7 +125,7 @@ def srgb_to_linear(rgb: np.ndarray) -> np.ndarray:
 
 def lab_curve(t: np.ndarray) -> np.ndarray:
     """f of CIE 15:2004: a straight line near black, where the cube root is too steep."""
-    return np.where(t > 0.008856, np.cbrt(t), 7.787 * t + np.float32(16 / 116))
+    return np.where(t > 0.008856, np.cbrt(t), 7.787 * t + 16 / 116)
 
 
 def rgb_to_lab(rgb: np.ndarray) -> np.ndarray:
@@ -145,9 +145,9 @@ def lightness(image: Image.Image) -> np.ndarray:
 
 def lab_to_linear(L: np.ndarray, ab: np.ndarray) -> np.ndarray:
     """L (...) and ab (..., 2) to linear sRGB (..., 3), outside 0..1 where out of gamut."""
-    y = (L + 16) / np.float32(116)
+    y = (L + 16) / 116
     f = np.stack([y + ab[..., 0] / 500, y, np.maximum(y - ab[..., 1] / 200, 0)], axis=-1)
-    xyz = np.where(f > 0.2068966, f * f * f, (f - np.float32(16 / 116)) / np.float32(7.787))
+    xyz = np.where(f > 0.2068966, f * f * f, (f - 16 / 116) / 7.787)
     return xyz.astype(np.float32, copy=False) @ (XYZ_TO_RGB * WHITE).T
 
 
@@ -155,7 +155,7 @@ def lab_to_rgb(L: np.ndarray, ab: np.ndarray) -> np.ndarray:
     """L (...) and ab (..., 2) to sRGB (..., 3), float32 in 0..1, clipped."""
     linear = np.clip(lab_to_linear(L, ab), 0, 1)  # a negative has no power of 1/2.4
     return np.where(linear <= 0.0031308, linear * 12.92,
-                    1.055 * linear ** np.float32(1 / 2.4) - np.float32(0.055))
+                    1.055 * linear ** (1 / 2.4) - 0.055)
 
 
 def in_gamut(L: np.ndarray, ab: np.ndarray) -> np.ndarray:
@@ -229,15 +229,17 @@ def photos_in(path: Path, max_megapixels: float = MAX_MEGAPIXELS, first: bool = 
         with opened(path) as image:
             one = first or image.format != "TIFF"  # a PSD's pages are parts of one picture
             pages = [image] if one else ImageSequence.Iterator(image)
-            sizes = [page.size for page in islice(pages, MAX_PAGES + 1)]
-            pixels = sum(width * height for width, height in sizes)
+            # bit 0 says a smaller copy of another page: a thumbnail, or of a pyramid
+            sizes = {n: page.size for n, page in enumerate(islice(pages, MAX_PAGES + 1))
+                     if not n or not page.tag_v2.get(TAG.NewSubfileType, 0) & 1}
+            pixels = sum(width * height for width, height in sizes.values())
             if pixels > max_megapixels * 1e6:  # before memory is taken
                 raise ColorizeError(f"over {max_megapixels:g} megapixels, pages together; "
                                     "reduce it, or raise --max_megapixels")
-            if max(map(max, sizes)) > MAX_SIDE or len(sizes) > MAX_PAGES:
+            if max(map(max, sizes.values())) > MAX_SIDE or max(sizes) >= MAX_PAGES:
                 raise ColorizeError(f"over {MAX_SIDE} pixels wide or high, or over "
                                     f"{MAX_PAGES} pages; cut it into pieces")
-            # a bomb: scans have a byte for 100 pixels, or more
+            # a bomb: scans have a byte for 100 pixels, or more; 2,000 leave a factor of 20
             if pixels > max(5e7, 2000 * os.path.getsize(path)):
                 raise ColorizeError(f"{pixels / 1e6:.0f} megapixels of next to no bytes; "
                                     "export it anew if it is a photograph")
@@ -248,7 +250,7 @@ def photos_in(path: Path, max_megapixels: float = MAX_MEGAPIXELS, first: bool = 
             room.callback(MEGAPIXELS.release, share)
             if at_least:
                 image.draft(None, (at_least, at_least))  # fast, in the JPEG's decoder
-            photos = [decode_photo(pages[n], free=True) for n in range(len(sizes))]
+            photos = [decode_photo(pages[n], free=True) for n in sizes]
         yield photos
 
 
@@ -261,10 +263,10 @@ def read_photo(path: Path) -> Photo:
 def decode_photo(image: Image.Image, free: bool = False) -> Photo:
     """An opened image, or one in memory, as Photo; free: its own pixels may go."""
     tags = getattr(image, "tag_v2", {})  # of a TIFF
-    layout = str(getattr(image, "tile", [])[:1])  # of the file; gone once it is loaded
+    # asked of the file's layout, which is gone once the pixels are loaded
+    layout = str(getattr(image, "tile", [])[:1])
     deep = ";16" in layout.replace("BGR;16", "") or "65535" in layout
-    if "args=('R'," in layout and max(tags[TAG.BitsPerSample]) > 8:
-        # Pillow takes 16 bits for two pixels there
+    if "args=('R'," in layout and max(tags[TAG.BitsPerSample]) > 8:  # read as twice 8
         raise ColorizeError("its 16-bit colours lie in planes; export it interleaved")
     # GIF, WebP, PNG, AVIF; the others have pages, or layers that are one picture
     animated = image.format in ("GIF", "WEBP", "PNG", "AVIF") and image.is_animated
@@ -282,33 +284,31 @@ def decode_photo(image: Image.Image, free: bool = False) -> Photo:
         image = image.convert("LA" if image.mode in ("1", "L", "LA", "La") else "RGBA")
         image, alpha = image.convert(image.mode[:-1]), image.getchannel("A")
     image, note = to_srgb(image, profile)
-    notes = ["16-bit colour was read as 8-bit"] * (deep and image.mode != "I;16")
-    if dim:
-        notes.append("only values to 4095 of 65535 are used; a 12-bit scan needs them "
-                     "times 16")
-    notes += ["the first picture of an animation"] * animated + [note] * bool(note)
+    notes = {"no value over 4095 of 65535; those of a 12-bit scan are to be times 16": dim,
+             "its 16 bits were read as 8": deep and image.mode != "I;16",
+             "the first picture of an animation": animated, note: note}
     dpi = dpi if dpi and all(1 < x < 65536 for x in dpi) else None  # what files can hold
-    return Photo(image, alpha, exif, dpi, "; ".join(notes))
+    return Photo(image, alpha, exif, dpi, "; ".join(n for n, true in notes.items() if true))
 
 
 def upright(image: Image.Image) -> tuple[Image.Image, bytes]:
     """A copy turned as its EXIF says, and of that what stays true of a coloured copy."""
     try:
-        exif = image.getexif()
+        own, exif = image.getexif(), Image.Exif()  # what is in memory keeps its own
         image = ImageOps.exif_transpose(image)
-        for tag in set(exif) - KEPT_TAGS:
-            del exif[tag]
+        exif.update({tag: own[tag] for tag in KEPT_TAGS & set(own)})
+        for part in SUBDIRECTORIES:
+            exif.get_ifd(part).update(own.get_ifd(part))
         # sides before it was turned; a maker's note fills most of what a JPEG can hold
         for tag in (TAG.ExifImageWidth, TAG.ExifImageHeight, TAG.MakerNote):
             exif.get_ifd(ExifTags.IFD.Exif).pop(tag, None)
         if isinstance(words := image.info.get("Description"), str):  # a PNG's own text
-            exif.setdefault(TAG.ImageDescription, words)
+            exif.setdefault(TAG.ImageDescription, words.encode())
         # tifffile, OME and ImageJ write there for themselves how the pixels lie
         if str(exif.get(TAG.ImageDescription)).startswith(('{"', "<?xml", "ImageJ=")):
             del exif[TAG.ImageDescription]
         keep_letters(exif)
-        data = exif.tobytes()
-        Image.Exif().load(data)  # raises here what would be raised in writing
+        data = exif.tobytes()  # raises here what would be raised in writing
         return image, data if len(data) <= 60_000 else b""  # a JPEG holds 64 kB
     except Exception:  # a damaged block ends in many kinds; the pixels matter
         return image.copy(), b""
@@ -348,14 +348,13 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, str
     return image.convert("RGB") if image.mode == "CMYK" else image, note
 
 
-def tone_of(image: Image.Image) -> str:
-    """Whether it is "gray or toned" (in one hue: sepia, cyanotype) or "coloured"."""
+def is_colored(image: Image.Image) -> bool:
+    """Whether it has colours; False for gray, and for toned: one hue, as sepia."""
     small = np.asarray(working_copy(image, 128).convert("RGB"))  # without grain
     ab = rgb_to_lab(small)[..., 1:].reshape(-1, 2)
     hue = ab.mean(axis=0) / max(np.linalg.norm(ab.mean(axis=0)), 1e-6)
     off = ab - np.outer(np.maximum(ab @ hue, 0), hue)  # off the ray from gray in that hue
-    deviation = np.sqrt((off ** 2).sum(axis=1).mean())
-    return "gray or toned" if deviation < MIN_CHROMA else "coloured"
+    return bool(np.sqrt((off ** 2).sum(axis=1).mean()) >= MIN_CHROMA)
 
 
 # ------------------------------------------------------------------------- a photograph out
@@ -415,7 +414,7 @@ def write_photo(path: Path, pages: list, photo: Photo, description: str = "") ->
         texts = [(tag, 2, None, value, True)
                  for tag, value in exif.items() if isinstance(value, bytes)]
         tifffile.imwrite(temporary, first, photometric="rgb", metadata=None, software=False,
-                         resolution=dpi or (72, 72), resolutionunit="inch",
+                         resolution=dpi, resolutionunit="inch" if dpi else None,
                          iccprofile=SRGB, extratags=texts)
     write_atomically(path, write)
     return lost
@@ -423,7 +422,7 @@ def write_photo(path: Path, pages: list, photo: Photo, description: str = "") ->
 
 def working_copy(image: Image.Image, size: int, enlarge: float = 1.0) -> Image.Image:
     """The photograph at a short side of `size`, the long one at most 4 times that."""
-    # long sides become multiples of 4, as the bins head likes
+    # sides become multiples of 4, as the bins head likes
     scale = min(enlarge, size / min(image.size), 4 * size / max(image.size))
     sides = [max(round(side * scale), 1) for side in image.size]
     if scale != 1:
