@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
@@ -38,8 +38,8 @@ VAL_SHARE = 0.1     # of train, for validation, where there is no val
 ARRAY_FORMAT = 3    # of DATA/processed; a change rebuilds the arrays
 SIDE = 256          # stored photographs are SIDE x SIDE: 43,000 of them are 8.5 GB
 MIN_SIDE = 64       # smaller photographs, enlarged over four times, teach blur
-# The smallest crop's share of the area is our own choice: what colour a thing has its
-# surroundings tell, and ImageNet's usual 8 % shows none; crops over half differ too little.
+# The smallest crop's share of the area, our own choice: in less the surroundings, which
+# tell a thing's colour, are gone (ImageNet's begin at 8 %); over a half all are alike.
 MIN_CROP = 0.35
 
 
@@ -71,10 +71,14 @@ def progress(items, total: int, label: str):
 def ordered_map(function, items, workers: int, window: int = 64):
     """Like map, in threads, in order, with at most `window` results waiting to be taken."""
     items = iter(items)
-    # threads, not processes: Pillow and numpy release the lock
-    with ThreadPoolExecutor(max(workers, 1)) as pool:
-        while batch := list(islice(items, window)):
-            yield from pool.map(function, batch)  # an error cancels what has not begun
+    pool = ThreadPoolExecutor(max(workers, 1))  # Pillow and numpy release the lock
+    waiting = deque(pool.submit(function, item) for item in islice(items, window))
+    try:
+        while waiting:
+            yield waiting.popleft().result()
+            waiting.extend(pool.submit(function, item) for item in islice(items, 1))
+    finally:
+        pool.shutdown(cancel_futures=True)  # an error cancels what has not begun
 
 
 def content_hash(path: Path) -> str:
@@ -121,7 +125,6 @@ def import_photos(source: Path, data: Path, val_fraction: float) -> None:
     if source in (target, *target.parents) or target in source.parents:
         raise ColorizeError(f"--source {source}: lies in --data {data}, or that in it, and "
                             "would be copied into itself; name another folder with --data")
-    say(f"reading {source}")
     root = source.parent  # the folder's own name may be that of a split
     names = [path.relative_to(root) for path in find_photos(source)]
     top = Path(os.path.commonpath([name.parent for name in names] or [""]))
@@ -147,10 +150,10 @@ def import_photo(root: Path, name: Path, top: Path, data: Path, val_fraction: fl
         name = name.relative_to(top)
     else:
         split, name = SPLITS[folders[start]], Path(*name.parts[start + 1:])
-    for name in (name, name.with_stem(digest)):  # the hash where a name is taken
-        others = [*filter(os.path.isfile, (data / "train" / name, data / "val" / name))]
+    for place in (name, name.with_stem(digest)):  # the hash where a name is taken
+        others = [*filter(os.path.isfile, (data / "train" / place, data / "val" / place))]
         if not others:
-            write_atomically(data / split / name, partial(shutil.copyfile, path))
+            write_atomically(data / split / place, partial(shutil.copyfile, path))
             return split
         # a camera gives one name, and BMP one size, to many photographs
         if digest in map(content_hash, others):
@@ -182,15 +185,14 @@ def prepare(data: Path, workers: int | None = None) -> dict:
     if not any(name.startswith("train/") for name in seen):
         source = data if os.path.isdir(data) else "FOLDER"
         raise ColorizeError(f"no photograph below {data / 'train'}; if they are elsewhere: "
-                            f"python main.py data --source {source} --data mine")
+                            f"python main.py data --source {source} --data {data}_2")
     manifest_path, known = data / "processed" / "manifests.json.gz", {}  # has a checksum
     with contextlib.suppress(OSError, EOFError, ValueError, TypeError, zlib.error):
         known = dict(json.loads(gzip.decompress(manifest_path.read_bytes())))
     made_of = [ARRAY_FORMAT, SIDE, seen]  # which the arrays must be
     if known.get("made_of") != made_of or not is_whole(
             manifest_path.parent, known.get("manifests"), workers):
-        there = manifest_path.exists()
-        why = "of other photographs or damaged" if there else "not built yet"
+        why = "of others, or damaged" if manifest_path.exists() else "not built yet"
         say(f"{manifest_path.parent}: {why}; building the arrays")
         write_atomically(manifest_path, Path.touch)  # a killed build never looks finished
         known = {"made_of": made_of, "manifests": build_arrays(data, [*seen], workers)}
@@ -236,7 +238,7 @@ def decode_lab(stored):
 def lab_square(path: Path) -> tuple[np.ndarray | None, str]:
     """A photograph as stored Lab (SIDE, SIDE, 3); or None, and why it is left out."""
     try:
-        # a JPEG may come at half of its size or less; 2 * SIDE still hide the steps
+        # a JPEG is decoded at 1/2, 1/4 or 1/8: from 2 * SIDE on the result shows nothing
         with photos_in(path, first=True, at_least=2 * SIDE) as (photo,):
             image = photo.image
             if min(image.size) < MIN_SIDE:
@@ -258,29 +260,28 @@ def build_arrays(data: Path, names: list, workers: int) -> dict:
     Where there is no val, a share of train is, by hash: whatever is added, none moves.
     """
     digests = ordered_map(content_hash, [data / name for name in names], workers)
-    digests = progress(digests, len(names), "reading")  # first in zip, or it never ends
-    hashes = {name: digest for digest, name in zip(digests, names)}
-    share = 0 if any(name.startswith("val/") for name in names) else VAL_SHARE
-
-    def write(in_val):
-        parts = {"train": {}, "val": {}}  # {name: SHA-256} of each split
-        for name, digest in hashes.items():
-            split = "val" if name.startswith("val/") or in_val(digest) else "train"
-            parts[split][name] = digest
-        return {split: write_array(data, split, parts[split], workers) for split in parts}
-    manifests = write(lambda digest: in_validation(digest, share))
-    train, val = ({digest for _, digest, _ in manifest["photographs"]}
-                  for manifest in manifests.values())
-    if train & val:
-        same = [name for name, digest in hashes.items() if digest in train & val]
+    hashes = dict(zip(names, [*progress(digests, len(names), "reading")]))
+    train, given = ({digest for name, digest in hashes.items() if name.startswith(split)}
+                    - {""} for split in ("train/", "val/"))  # "" is of an unreadable one
+    same = [name for name, digest in hashes.items() if digest in train & given]
+    if same:  # before hours of work
         raise ColorizeError(f"{data}: in train and in val is the same photograph; delete "
                             f"one, or scores will flatter: {', '.join(same[:8])}")
-    if share and not (train and val):  # of few the share may be none, or all
-        aside = sorted(train | val)[:-1][:1]  # of one photograph none
-        manifests = write(lambda digest: digest in aside)
+
+    def write(val):  # val: the hashes of its photographs
+        parts = {"train": {}, "val": {}}  # {name: SHA-256} of each split
+        for name, digest in hashes.items():
+            parts["val" if digest in val else "train"][name] = digest
+        return {split: write_array(data, split, parts[split], workers) for split in parts}
+    share = None if given else VAL_SHARE
+    manifests = write(given or {d for d in hashes.values() if in_validation(d, share)})
     if share:
         say(f"no photograph in {data / 'val'}: a tenth of train is set aside, by content")
-    key = [ARRAY_FORMAT, SIDE, share or None, [*hashes.items()]]
+        used = [[digest for _, digest, _ in manifest["photographs"]]
+                for manifest in manifests.values()]
+        if not all(used):  # of few the share may be none, or all
+            manifests = write(set(sorted(sum(used, []))[:-1][:1]))  # of one none
+    key = [ARRAY_FORMAT, SIDE, share, [*hashes.items()]]
     fingerprint = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     return {split: manifest | {"fingerprint": fingerprint}
             for split, manifest in manifests.items()}
@@ -361,7 +362,7 @@ class ColorizeData(torch.utils.data.Dataset):
         """
         area, ratio, x, y, flip = random.uniform(size=5)
         side = SIDE * np.sqrt(MIN_CROP + (1 - MIN_CROP) * area)
-        # on a log scale, half of the way to 3:4 or 4:3, where ImageNet's crop goes
+        # each side by the root of the shape, 3:4 to 4:3 on a log scale, as ImageNet's
         stretch = np.exp((ratio - 0.5) * np.log(4 / 3))
         height, width = (min(SIDE, int(round(s))) for s in (side / stretch, side * stretch))
         top, left = int(y * (SIDE - height + 1)), int(x * (SIDE - width + 1))
@@ -384,7 +385,7 @@ def old_photograph(lab: torch.Tensor, random: np.random.Generator) -> torch.Tens
     L, ab = np.split(decode_lab(lab.permute(1, 2, 0).numpy()), [1], axis=-1)
     light = np.clip(lab_to_linear(L[..., 0], ab) @ mixture, 0, 1)
     # CIE L*, 0..1: for white light, whatever the mixture, L is what it was
-    L = np.where(light > 0.008856, 1.16 * np.cbrt(light) - np.float32(0.16), 9.033 * light)
+    L = np.where(light > 0.008856, 1.16 * np.cbrt(light) - 0.16, 9.033 * light)
     curve, blur, vignette, faded = random.uniform(size=4) < [0.7, 0.4, 0.3, 0.6]
     if curve:  # hard and soft papers, over- and underexposed, as often darker as lighter
         L = np.clip(L, 0, 1) ** np.float32(np.exp(random.uniform(np.log(0.6), np.log(1.6))))
@@ -446,5 +447,4 @@ def data(*, data: Path = Path("data/input"), source: Path | None = None,
 
 
 if __name__ == "__main__":
-    say("type: python main.py data --help")
-    raise SystemExit(2)
+    raise SystemExit("type: python main.py data --help")

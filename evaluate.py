@@ -349,5 +349,4 @@ def draw_panel(draw, left: int, top: int, history: list, title: str, names: list
 
 
 if __name__ == "__main__":
-    say("type: python main.py evaluate --help")
-    raise SystemExit(2)
+    raise SystemExit("type: python main.py evaluate --help")

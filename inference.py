@@ -446,5 +446,4 @@ def run_plan(job: Job, plan: list[tuple[Path, Path]]) -> None:
 
 
 if __name__ == "__main__":
-    say("type: python main.py inference --help")
-    raise SystemExit(2)
+    raise SystemExit("type: python main.py inference --help")

@@ -516,5 +516,4 @@ def train(*, data: str = "data/input", out: str = "checkpoints", resume: str | N
 
 
 if __name__ == "__main__":
-    say("type: python main.py train --help")
-    raise SystemExit(2)
+    raise SystemExit("type: python main.py train --help")
