@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional as F
 
 from basic_model import PRETRAINED, ColorNet, choose_device, load_checkpoint, upsample
@@ -32,10 +32,9 @@ from photo import (MADE, VERSION, ColorizeError, FlagError, Photo, check_target,
 STRIP = 1 << 19           # pixels of full resolution in memory at a time
 ENLARGE = 2.0             # at most, of photographs smaller than the working size
 # working sizes asked, as shares of --size, and their weights: the small one sees things
-# whole, the large one small figures; mirror images and a third size gained nothing
+# whole, the last one small figures; mirror images and a third size gained nothing
 SCALES = ((0.5, 0.5), (1.0, 0.5))
-TIFF = (".tif", ".tiff")
-# what an array may be: its kind, dimensions and channels
+# what an array may be: its kind, dimensions, channels; a fourth is transparency
 ARRAYS = ("uint8", 2), ("uint16", 2), ("uint8", 3, 3), ("uint8", 3, 4)
 
 
@@ -53,8 +52,7 @@ class Prediction(NamedTuple):
 def predict(model: ColorNet, image: Image.Image, size: int) -> Prediction:
     """Ask the network at several working sizes, average, and let alike places agree.
 
-    Averaged are log-probabilities (a colour must be likely at each size), or ab of an ab
-    head. Raises ColorizeError where a value is not finite.
+    Raises ColorizeError where a value is not finite.
     """
     device, total = next(model.parameters()).device, 0
     bins = model.arguments["head"] == "bins"
@@ -166,10 +164,9 @@ def colorize(model: ColorNet | None, image: Image.Image | np.ndarray | str | Pat
              size: int = 256, controls: Controls = Controls()) -> Image.Image | np.ndarray:
     """Colour one photograph: its L stays, ab comes from the network.
 
-    model: of load_checkpoint; None for the shipped one. image: a path, a Pillow image of
-    any mode, or an array uint8/uint16 (H, W) or uint8 (H, W, 3), sRGB. controls: of
-    read_controls. Returns a Pillow RGB image of the same size, or for 16-bit gray a uint16
-    array (H, W, 3).
+    model: of load_checkpoint; None: the shipped one. image: a path, a Pillow image of any
+    mode, or an sRGB array of ARRAYS. controls: of read_controls. Returns a Pillow RGB image
+    of the same size, or for 16-bit gray a uint16 array (H, W, 3).
     """
     model = load_checkpoint(PRETRAINED)[0] if model is None else model
     if isinstance(image, (str, Path)):  # the first page of several
@@ -208,29 +205,34 @@ class Job(NamedTuple):
     invert: bool
 
 
-def plan_outputs(images: list[str], output: Path, ending: str,
-                 extension: str | None) -> list[tuple[Path, Path]]:
-    """(photograph, result) of all that was asked for: files and folders."""
-    plan = {}
-
-    def put(source, folder):  # a TIFF for a TIFF, else a PNG, or as asked
-        own = "tif" if source.suffix.lower() in TIFF else "png"
-        plan[source] = folder / f"{source.stem}_{ending}.{extension or own}"
+def find_sources(images: list[str], output: Path) -> dict[Path, Path]:
+    """{photograph: folder of its result} of files and folders; results are left out."""
+    folders, results = {}, output.resolve()
     for image in images:
         if "://" in image:
             raise ColorizeError(f"{image}: is an address; download it and name the file")
         source = Path(image)
         if not source.is_dir():  # nor need it exist: that is said when it is read
-            put(source, output)
+            folders[source] = output
             continue
-        inside = output.resolve()  # results there are not photographs to colour
+        inside = source.resolve() in results.parents
         for path in find_photos(source):
-            below = source.resolve() in inside.parents and inside in path.resolve().parents
+            below = inside and results in path.resolve().parents
             if not below and not made_with(path):  # results may lie beside originals
-                put(path, output / path.relative_to(source).parent)
-    if not plan:
+                folders[path] = output / path.relative_to(source).parent
+    if not folders:
         raise ColorizeError(f"{' '.join(images)}: no photograph below it; name one, or "
                             "another folder")
+    return folders
+
+
+def plan_outputs(images: list[str], output: Path, ending: str,
+                 extension: str | None) -> list[tuple[Path, Path]]:
+    """(photograph, result) of each: as asked, else a TIFF for a TIFF, a PNG for others."""
+    plan = {}
+    for source, folder in find_sources(images, output).items():
+        own = "tif" if source.suffix.lower() in (".tif", ".tiff") else "png"
+        plan[source] = folder / f"{source.stem}_{ending}.{extension or own}"
     if "." in output.name and not output.is_dir():  # a file
         if extension:
             raise FlagError(f"--output {output}: its ending is the format; no --format")
@@ -254,7 +256,8 @@ def color_file(job: Job, pair: tuple[Path, Path]) -> str | ColorizeError:
     """Colour one photograph of a plan: the line to print, "" if it was there; an error."""
     (source, target), start = pair, time.monotonic()
     try:
-        check_target(target)  # first: of a name that is too long nothing can be asked
+        # first: of a name that is too long nothing can be asked
+        tiff = check_target(target) == "TIFF"
         if target.exists() and source.exists() and target.samefile(source):
             raise ColorizeError(f"{target}: is the photograph itself; name another "
                                 "--output")
@@ -268,7 +271,7 @@ def color_file(job: Job, pair: tuple[Path, Path]) -> str | ColorizeError:
                                 "name another --output, or give --overwrite")
         # the block keeps room for its pixels until they are written
         with photos_in(source, job.max_megapixels) as photos:
-            tiff, modes = target.suffix.lower() in TIFF, [p.image.mode for p in photos]
+            modes = [photo.image.mode for photo in photos]
             if len(photos) > 1 and not tiff:
                 raise ColorizeError(f"{source}: has {len(photos)} pages, which only a .tif "
                                     "can hold; name one as --output, or --format tif")
@@ -293,9 +296,8 @@ def color_file(job: Job, pair: tuple[Path, Path]) -> str | ColorizeError:
 def make_picture(job: Job, photo: Photo, deep: bool) -> tuple:
     """The picture of one page that a job asks for, and remarks on it."""
     image, remarks = photo.image, [photo.note]
-    if job.invert:  # a negative: of 8 bits or 16
-        image = ImageOps.invert(image) if image.mode != "I;16" else \
-            Image.fromarray(~np.asarray(image))
+    if job.invert:  # a negative, of 8 bits or 16
+        image = Image.fromarray(~np.asarray(image))
     if job.kind == "grid":
         return draw_grid(image), remarks
     if job.kind == "sheet":
@@ -339,7 +341,7 @@ def draw_grid(image: Image.Image) -> Image.Image:
     """The photograph with labelled lines of its pixel coordinates, to find hints by."""
     steps = (digit * 10 ** power for power in range(1, 6) for digit in (1, 2, 5))
     step = next(n for n in steps if max(image.size) <= 12 * n)  # 5 to 12 lines
-    picture = working_copy(image, min(image.size)).convert("RGB")
+    picture = working_copy(image, max(image.size)).convert("RGB")  # of its own size
     draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default(max(10, max(image.size) // 60))
     for at in range(step, max(image.size), step):  # across, and down
@@ -390,9 +392,9 @@ def inference(*, image: list[str] = ("data/input/val",), model: str | None = Non
     grid: the photograph with its pixel coordinates, to find hints by
     """
     asked = {"sheet": sheet, "compare": compare, "grid": grid}
-    kinds = [name for name, on in asked.items() if on]
-    if len(kinds) > 1:
-        raise FlagError(f"--{kinds[0]} and --{kinds[1]}: give one")
+    kind, *others = [name for name, on in asked.items() if on] or ["color"]
+    if others:
+        raise FlagError(f"--{kind} and --{others[0]}: give one")
     # mistakes in flags are found before the checkpoint is read
     controls = read_controls(mood, mean_color, reference, strength, saturation, hints,
                              variant)
@@ -402,7 +404,6 @@ def inference(*, image: list[str] = ("data/input/val",), model: str | None = Non
     network, path, contents = load_model(model, device)
     say(f"loaded {path} ({contents['model']['encoder']}, {contents['model']['head']}) "
         f"on {next(network.parameters()).device}")
-    kind = kinds[0] if kinds else "color"
     # in each result: what was made otherwise is made again
     settings = {"checkpoint": content_hash(path)[:12], "size": size, "kind": kind,
                 "invert": invert or None, **controls._asdict(),
@@ -424,10 +425,10 @@ def run_plan(job: Job, plan: list[tuple[Path, Path]]) -> None:
     """Colour each photograph of a plan, two at a time; a line for each, then the counts."""
     failed, there = [], 0  # one bad scan does not stop the others
     # two threads: one photograph is read or written while the network works on another
-    results = ordered_map(partial(color_file, job), plan, 2, window=2)
+    results = ordered_map(partial(color_file, job), plan, 2, window=3)
     for line, (source, _) in zip(progress(results, len(plan), "photographs"), plan):
         if isinstance(line, ColorizeError):
-            if len(plan) == 1:  # its own error is the command's
+            if len(plan) == 1 or isinstance(line, FlagError):  # then it is the command's
                 raise line
             failed.append(str(source))
             say(f"error: {line}")

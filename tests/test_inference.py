@@ -280,6 +280,24 @@ def test_the_grid_is_the_photograph_with_lines_at_its_coordinates(run, tmp_path)
     assert not red[250, 210] and not red[:, 5].all()
 
 
+def test_the_grid_of_a_panorama_has_its_coordinates(run, tmp_path):
+    Image.new("I;16", (1000, 100), 30000).save(tmp_path / "a.png")
+    run(tmp_path / "a.png", tmp_path, grid=True)
+    grid = np.asarray(Image.open(tmp_path / "a_grid.png")).astype(int)
+    assert grid.shape == (100, 1000, 3)
+    red = (grid[..., 0] - grid[..., 2] > 100)
+    assert red[60:, 500].all() and not red[60:, 510].any()
+
+
+def test_a_variant_of_an_ab_checkpoint_is_a_mistake_in_the_flags_of_a_folder_too(
+        run, tmp_path, checkpoints):
+    for i in range(2):
+        gray_photo(i).save(tmp_path / f"{i}.png")
+    with pytest.raises(FlagError, match="--loss bins"):
+        run(tmp_path, tmp_path / "out", model=str(checkpoints["ab"]), variant=1)
+    assert not (tmp_path / "out").exists()
+
+
 def test_format_and_suffix_name_the_results(run, tmp_path):
     gray_photo().save(tmp_path / "a.png")
     gray_photo(1).save(tmp_path / "b.tif")
