@@ -1,4 +1,4 @@
-"""The network: colour bins, a torchvision encoder with a decoder; devices; checkpoints.
+"""The network: colour bins, torchvision encoder, decoder; devices, ranks; checkpoints.
 
 ColorNet maps L (N, 1, H, W), 0..100, to ab in CIE units (head "ab") or to logits over
 colour bins at a quarter of the resolution (head "bins"); predict gives ab for either.
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
-from torch import nn
+from torch import distributed, nn
 from torch.nn import functional as F
 from torchvision.models import feature_extraction
 from torchvision.ops import Conv2dNormActivation
@@ -25,7 +25,7 @@ AB_SCALE = 110.0  # the ab head's raw output, and the losses, are ab/110
 MIN_INPUT = 32    # pixels; smaller inputs are padded, so that stride 32 has one place
 BIN_STEP = 10     # ab units (Zhang et al. 2016)
 NEIGHBOURS, SIGMA = 5, 5.0  # of the soft encoding, sigma in ab units (the same, 2.2)
-# classifiers of torchvision that halve their resolution step by step and fetch no parts
+# torchvision's classifiers that halve their resolution step by step and fetch no parts
 ENCODERS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "vgg11",
             "vgg11_bn", "vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn",
             "mobilenet_v2", "densenet121", "efficientnet_b0", "resnext50_32x4d")
@@ -36,6 +36,9 @@ CHOICES = {"encoder": ENCODERS, "decoder": DECODERS, "head": ("ab", "bins"),
 # the decoder's channels at each stride, the same for any encoder: for bins about as much
 # work as a ResNet-18, most of it where colours are decided (strides 8 and 4)
 WIDTHS = {32: 384, 16: 256, 8: 192, 4: 128, 2: 48, 1: 24}
+LAUNCHED = distributed.is_torchelastic_launched()  # else a stray RANK would wait for ever
+WORLD = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1  # torchrun starts so many ranks,
+RANK = int(os.environ["RANK"]) if LAUNCHED else 0  # and numbers them
 PRETRAINED = Path(__file__).resolve().parent / "checkpoints" / "pretrained.tar"
 FORMAT = 3        # of *.tar; 2 told classes of scenes besides colours
 # bounds on strangers' files; ours have 0.1 MB beside their tensors, and dicts 7 deep
@@ -115,7 +118,7 @@ def upsample(x: torch.Tensor, size) -> torch.Tensor:
 
 
 class ColorNet(nn.Module):
-    """Encoder, decoder and head of a colorizer; its arguments are CHOICES.
+    """Encoder, decoder and head of a colorizer; CHOICES lists what its arguments may be.
 
     decoder: unet joins the encoder's skips, plain does not. stages: 2, 3, 4, the encoder
     ends at stride 8, 16, 32. colors: bins (Q, 2), prior (Q,), temperature and saturation
@@ -127,7 +130,7 @@ class ColorNet(nn.Module):
         super().__init__()
         self.arguments = {"encoder": encoder, "decoder": decoder, "head": head,
                           "stages": stages}
-        if encoder not in ENCODERS:  # the command line has checked the others
+        if encoder not in ENCODERS:
             raise ColorizeError(f"--encoder {encoder}: choose one of {', '.join(ENCODERS)}")
         backbone = torchvision.models.get_model(encoder, weights=None)
         levels = encoder_levels(backbone, stages)
@@ -175,6 +178,7 @@ class ColorNet(nn.Module):
         """encode's features to what forward gives for a photograph of size (H, W)."""
         x = self.bottleneck(levels[-1])  # (N, width, H/32, W/32) with four stages
         x = x + F.relu(self.context(x.mean(dim=(2, 3))))[:, :, None, None]
+        # a bins head has no blocks for the finest skips: zip ends with the blocks
         for block, skip in zip(self.blocks.values(), reversed(levels[:-1])):
             x = upsample(x, skip.shape[-2:])  # twice as large, more or less
             if self.arguments["decoder"] == "unet":
@@ -209,10 +213,10 @@ class ColorNet(nn.Module):
 class Discriminator(nn.Module):
     """Whether patches of Lab in CIE units are real (PatchGAN, Isola et al. 2017)."""
 
-    def __init__(self, width: int = 64):
+    def __init__(self):
         super().__init__()
         layers, channels = [], 3
-        for n in (width, 2 * width, 4 * width):
+        for n in (64, 128, 256):
             layers += [nn.Conv2d(channels, n, 4, stride=2, padding=1, bias=False),
                        nn.BatchNorm2d(n), nn.LeakyReLU(0.2, True)]  # the paper's slope
             channels = n
@@ -223,7 +227,15 @@ class Discriminator(nn.Module):
         return self.layers(torch.cat([L / 50 - 1, ab / AB_SCALE], dim=1))
 
 
-# -------------------------------------------------------------------- devices, checkpoints
+# ------------------------------------------------------------- devices, ranks, checkpoints
+
+def all_ranks(value) -> list:
+    """The value that each rank has, in their order; every rank must ask."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        distributed.all_gather_object(values, value)
+    return values
+
 
 def choose_device(device: str) -> torch.device:
     """auto: cuda, else mps, else cpu; ColorizeError where the one named is not there."""
@@ -234,7 +246,7 @@ def choose_device(device: str) -> torch.device:
         raise ColorizeError(f"--device {device}: PyTorch finds none here; use --device cpu")
     if device != "cuda":
         return torch.device(device)
-    index = int(os.environ.get("LOCAL_RANK", 0))  # torchrun gives each rank a number
+    index = int(os.environ["LOCAL_RANK"]) if LAUNCHED else 0  # of those on this machine
     if index >= torch.cuda.device_count():
         raise ColorizeError(f"only {torch.cuda.device_count()} GPUs; start fewer ranks")
     torch.cuda.set_device(index)
@@ -254,7 +266,7 @@ def use_bf16(amp: str, device: torch.device) -> bool:
 def save_checkpoint(path: Path, model: ColorNet, weights: dict | None = None, **extra):
     """Write a ColorNet as *.tar: `weights` (or its own), its colours, and the extra keys.
 
-    Extra are mean_ab, training, resume. Raises ColorizeError, as for what is nan.
+    Extra are mean_ab, training, resume. Raises ColorizeError where a weight is not finite.
     """
     weights = {  # matrices and kernels in half precision; batch norm and biases need more
         name: (w.half() if w.is_floating_point() and w.ndim > 1 else w).cpu().clone()
@@ -397,41 +409,39 @@ def load_checkpoint(path: Path, device: str = "cpu") -> tuple[ColorNet, dict]:
     return model.to(device).eval(), contents
 
 
-def starting_checkpoint(init: str, encoder: str) -> dict:
-    """The checkpoint that --init means, or the weights alone of an encoder; {} for none."""
-    path = PRETRAINED if init == "auto" else Path(init)
-    if init in ("imagenet", "none") or init == "auto" and not path.is_file():
-        return {}
-    contents = read_tensors(path)
-    if "format" not in contents:  # a state dict, as torchvision publishes them
-        return {"weights": {f"encoder.{name}": w for name, w in contents.items()}}
-    contents = read_checkpoint(path, contents)
-    its = contents["model"]["encoder"]
-    if its != encoder and init != "auto":
-        raise ColorizeError(f"--init {path}: its encoder is {its}, not {encoder}; "
-                            f"add --encoder {its}")
-    return contents if its == encoder else {}  # the shipped one does not fit every encoder
+def starting_point(init: str, encoder: str) -> tuple[str, dict]:
+    """What --init means: the start in words, and a checkpoint's contents or weights alone.
 
-
-def initialize(model: ColorNet, init: str, contents: dict) -> tuple[str, set[str]]:
-    """Fill a fresh ColorNet from its starting_checkpoint, or else with ImageNet's weights.
-
-    Returns what it starts from, in words, and the names it filled. Raises ColorizeError.
+    {} for random weights. Raises ColorizeError for what cannot be had or does not fit.
     """
     if init == "none":
-        return "random weights", set()  # those of the constructor
-    encoder, source = model.arguments["encoder"], PRETRAINED if init == "auto" else init
-    weights = contents.get("weights", {})
-    if not contents:  # imagenet was asked for, or the shipped one has another encoder
-        source = f"ImageNet's {encoder}"
-        try:
-            backbone = torchvision.models.get_model(encoder, weights="DEFAULT")
-        except OSError:  # URLError is one
-            raise ColorizeError(f"--init {init}: ImageNet's weights of {encoder} cannot be "
-                                "fetched; add --init PATH, or --init none") from None
-        weights = {f"encoder.{name}": w for name, w in backbone.state_dict().items()}
-    taken = take_weights(model, weights, f"--init {source}")
-    if not taken:
+        return "random weights", {}
+    path = PRETRAINED if init == "auto" else Path(init)
+    if init != "imagenet" and (init != "auto" or path.is_file()):
+        contents = read_tensors(path)
+        if "format" not in contents:  # a state dict, as torchvision publishes them
+            return str(path), {"weights": {f"encoder.{n}": w for n, w in contents.items()}}
+        its = read_checkpoint(path, contents)["model"]["encoder"]
+        if its == encoder:
+            return str(path), contents
+        if init != "auto":
+            raise ColorizeError(f"--init {path}: its encoder is {its}, not {encoder}; "
+                                f"add --encoder {its}")
+    # imagenet was asked for, or the shipped one has another encoder
+    try:
+        backbone = torchvision.models.get_model(encoder, weights="DEFAULT")
+    except OSError:  # URLError is one
+        raise ColorizeError(f"--init {init}: ImageNet's weights of {encoder} cannot be "
+                            "fetched; add --init PATH, or --init none") from None
+    weights = {f"encoder.{name}": w for name, w in backbone.state_dict().items()}
+    return f"ImageNet's {encoder}", {"weights": weights}
+
+
+def initialize(model: ColorNet, source: str, contents: dict) -> set[str]:
+    """Fill a fresh ColorNet from a starting_point; returns which of its tensors."""
+    taken = take_weights(model, contents.get("weights", {}), f"--init {source}")
+    if contents and not taken:
         raise ColorizeError(f"--init {source}: none of its tensors fits a ColorNet with "
-                            f"{encoder}; name a checkpoint, or the encoder's state dict")
-    return f"{source} ({len(taken)} of {len(model.state_dict())} tensors)", taken
+                            f"{model.arguments['encoder']}; name a checkpoint, or the "
+                            "encoder's state dict")
+    return taken

@@ -86,8 +86,6 @@ def read_mean_color(text: str) -> tuple[float, float]:
 
 def read_hints(text: str) -> tuple[tuple, Image.Image | None]:
     """--hints "x,y,#rrggbb; ...", a .txt of these, or a dabbed copy: points and copy."""
-    if not text:  # no flag
-        return (), None
     path, known = Path(text), {".txt", *Image.registered_extensions()}
     if "," not in text or path.suffix.lower() in known:  # points end in a colour
         if path.suffix.lower() != ".txt":
@@ -135,7 +133,7 @@ def read_controls(mood: str | None = None, mean_color: str | None = None,
     if saturation is None:  # an explicit one overrides a mood's own, which strength scales
         saturation = 1 + strength * (bundle.saturation - 1)
     return Controls(saturation, bundle.shift, target, spread, strength, variant,
-                    *read_hints(hints or ""))
+                    *(read_hints(hints) if hints else ((), None)))
 
 
 # ----------------------------------------------------------------------------- alike places
@@ -178,24 +176,26 @@ def agree(values: np.ndarray, likeness: np.ndarray, places: tuple) -> np.ndarray
 
 # --------------------------------------------------------------------------------- variants
 
+def random_field(likeness: np.ndarray, seed: int) -> np.ndarray:
+    """A random direction in ab for each place (P, 2), the same where places are alike."""
+    field = np.random.default_rng([seed, 7]).standard_normal((len(likeness), 2), np.float32)
+    for _ in range(VARIANT_ROUNDS):
+        field = likeness @ field  # each place takes the mean over those like it
+        field = (field - field.mean(axis=0)) / max(field.std(), 1e-6)
+    return field
+
+
 def vary(logits: np.ndarray, bins: np.ndarray, likeness: np.ndarray, places: tuple,
          temperature: float, controls: Controls) -> np.ndarray:
     """Another plausible colouring: logits (Q, h, w) with whole objects tilted.
 
-    A random field in R^2 over the places, made alike where places are alike, is added as a
-    tilt lambda . c, measured in each place's own standard deviations. Colours that the
-    network finds unlikely stay so.
+    The tilt is lambda . c, lambda a random field measured in each place's own standard
+    deviations. Colours that the network finds unlikely stay so.
     """
-    field = np.random.default_rng([controls.variant, 7]).standard_normal(
-        (len(likeness), 2), np.float32)
-    for _ in range(VARIANT_ROUNDS):
-        field = likeness @ field  # each place takes the mean over those like it
-        field = (field - field.mean(axis=0)) / max(field.std(), 1e-6)
     shape = logits.shape[1:]
-    field = resize(field.T.reshape(2, *places), shape)  # a direction in ab at each place
+    field = random_field(likeness, controls.variant).T.reshape(2, *places)
     # the spread of ab of the distribution that makes the colour, at each place
-    annealed = np.exp((logits - logits.max(axis=0)) / temperature)
-    annealed /= annealed.sum(axis=0)
+    annealed = torch.softmax(torch.from_numpy(logits) / temperature, dim=0).numpy()
     mean = np.einsum("qhw,qc->chw", annealed, bins)      # (2, h, w)
     square = np.einsum("qhw,q->hw", annealed, (bins ** 2).sum(axis=1))
     deviation = np.sqrt(np.maximum(square - (mean ** 2).sum(axis=0), 1.0))
@@ -207,7 +207,7 @@ def vary(logits: np.ndarray, bins: np.ndarray, likeness: np.ndarray, places: tup
     gain = resize((free / deviation)[None], places, "area").flatten()
     gain = resize((likeness @ gain).reshape(1, *places), shape)[0]
     gain = np.minimum(gain, free / VARIANT_CERTAIN)
-    by = controls.strength * VARIANT_TILT * gain * np.clip(field, -2, 2)
+    by = controls.strength * VARIANT_TILT * gain * np.clip(resize(field, shape), -2, 2)
     tilted = logits + temperature * np.einsum("chw,qc->qhw", by, bins)
     # colours under 5 % of the likeliest are not what a tilt may bring up
     likely = logits > logits.max(axis=0) - 3
@@ -276,7 +276,7 @@ def apply_controls(prediction: np.ndarray, L: np.ndarray, colors: np.ndarray | N
         planes = values if colors is None else np.einsum("qhw,qc->chw", values, colors)
         return resize(planes, L.shape).transpose(1, 2, 0) * factor
 
-    factor = np.float32(controls.saturation)  # or float64 would come of all
+    factor = controls.saturation
     plain = decode(prediction, factor)
     if not controls.strength or controls.shift is None and controls.target is None:
         return plain, None
@@ -380,8 +380,8 @@ def propagate_hints(L: np.ndarray, ab: np.ndarray, fixed: np.ndarray, wanted: np
                     likeness: np.ndarray, places: tuple) -> np.ndarray:
     """Spread the colours `wanted` (h, w, 2) of pixels `fixed` (h, w) over their objects.
 
-    Minimizes sum w_rs (d_r - d_s)^2 + p sum (d - t)^2 over neighbours r, s for d, the
-    difference from the prediction ab (h, w, 2), given where fixed: w_rs = exp(-(L_r -
+    Minimizes sum w_rs (d_r - d_s)^2 + HINT_PULL sum (d - t)^2 over neighbours r, s for d,
+    the difference from the prediction ab (h, w, 2), given where fixed: w_rs = exp(-(L_r -
     L_s)^2 / 2 sigma^2), at least 1e-6, lets colours meet at outlines; t is what makes the
     places that belong to the hints their colour, and nothing elsewhere. After Levin,
     Lischinski and Weiss 2004, in a form that is solved in time, by conjugate gradients.
@@ -407,7 +407,7 @@ def propagate_hints(L: np.ndarray, ab: np.ndarray, fixed: np.ndarray, wanted: np
     direction, power, enough = 0, np.float32(1), None
     for _ in range(1000):  # a few dozen are enough; scaled by the diagonal, a beside b
         scaled = residual / total
-        power, last = (residual * scaled).sum(axis=(1, 2), keepdims=True), power
+        last, power = power, (residual * scaled).sum(axis=(1, 2), keepdims=True)
         enough = 1e-9 * power.max() if enough is None else enough  # 0.1 ab units from exact
         if power.max() <= enough:
             break

@@ -3,8 +3,8 @@
     python main.py evaluate --model a.tar,b.tar --image photos/val  # against the truth
     python main.py evaluate --image old/          # gray: what needs no truth
 
-Coloured as by inference, scored at a short side of at most 256. One name means one thing
-in scores.csv, in evaluation.json and in a training's history.csv:
+Copies with a short side of at most 256 are coloured as by inference and scored. One name
+means one thing in scores.csv, in evaluation.json and in a training's history.csv:
 
     psnr, ssim      of sRGB, in dB and up to 1; ciede2000: mean difference, 1 is just seen
     distance        mean in ab, CIE units; auc: share of pixels within it, over 0..150
@@ -191,14 +191,15 @@ def scored_copy(path: Path) -> tuple[Image.Image, bool]:
 
 
 def score_all(paths: list[Path], methods: dict) -> dict[str, dict]:
-    """{kind: {photograph: {method: scores}}}, those with a truth first; the others fail."""
+    """{kind: {photograph: {method: scores}}}, those with a truth first."""
     def score_one(path):
         try:
             picture, colored = scored_copy(path)
         except ColorizeError as error:
             if len(paths) == 1:  # the one that was asked for
                 raise
-            return say(f"left out: {error}")
+            say(f"left out: {error}")
+            return None
         true = np.asarray(picture) if colored else None
         return path, colored, {name: score(np.asarray(method(picture)), true)
                                for name, method in methods.items()}
@@ -218,7 +219,7 @@ def evaluate(*, image: list[str] | Path = ("data/input/val",), model: str | None
 
     image: photographs or folders; of gray and toned ones what needs no truth is scored
     model: checkpoint, or several: a.tar,b.tar; else the one that inference takes
-    size: short side at which the network works (32..2048)
+    size: short side at which the network works; the copies have 256 (32..2048)
     saturation: factor on the colours, as in inference (0..4)
     out: folder for evaluation.json, scores.csv and evaluation.png
     device: where to compute

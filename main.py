@@ -47,11 +47,11 @@ def read_command(name: str) -> tuple[str, dict[str, Flag]]:
     arguments = {argument.arg: (argument, default) for argument, default in parameters}
     group, flags = "", {}
     for line in re.sub(r"\n +", " ", lines).splitlines():  # an indented line goes on
-        name, _, text = line.partition(": ")
-        if name not in arguments:
+        flag, _, text = line.partition(": ")
+        if flag not in arguments:
             group = line or group
             continue
-        argument, default = arguments[name]
+        argument, default = arguments[flag]
         kind, choices = ast.unparse(argument.annotation).split(" | ")[0], None
         if kind.startswith("Literal"):  # what its brackets hold is a list, too
             choices = ast.literal_eval(kind.removeprefix("Literal"))
@@ -59,7 +59,7 @@ def read_command(name: str) -> tuple[str, dict[str, Flag]]:
         # Path("a") has the value in its brackets
         default = ast.literal_eval(getattr(default, "args", [default])[0])
         default = " ".join(default) if isinstance(default, tuple) else str(default)
-        flags[name] = Flag(kind.partition("[")[0], choices, default, text, group)
+        flags[flag] = Flag(kind.partition("[")[0], choices, default, text, group)
     return summary, flags
 
 

@@ -22,15 +22,16 @@ from torch import distributed, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
-from basic_model import (AB_SCALE, DECODERS, ENCODERS, ColorNet, Discriminator,
-                         all_stored_ab, bins_prior, choose_device, color_bins, initialize,
-                         read_checkpoint, save_checkpoint, soft_encode,
-                         starting_checkpoint, use_bf16)
+from basic_model import (AB_SCALE, DECODERS, ENCODERS, LAUNCHED, RANK, WORLD, ColorNet,
+                         Discriminator, all_ranks, all_stored_ab, bins_prior, choose_device,
+                         color_bins, initialize, read_checkpoint, save_checkpoint,
+                         soft_encode, starting_point, use_bf16)
 from colorize_data import ColorizeData, count_colors, decode_lab, prepare, progress
 from evaluate import draw_curves, draw_preview, picture_scores, write_csv
 from photo import ColorizeError, FlagError, say
 
-FRESH_LR, TRAINED_LR = 1e-3, 4e-5  # AdamW's own; where all was trained: larger, it forgets
+FRESH_LR = 1e-3     # AdamW's own
+TRAINED_LR = 4e-5   # where every layer was trained: with a larger one it forgets
 EMA_DECAY = 0.999   # of the averaged weights, which are the ones validated and shipped
 MAX_NORM = 1.0      # longer gradients are clipped, so that one odd batch does no harm
 L1_WEIGHT = 100.0   # beside the adversarial loss (Isola et al. 2017, section 3.3)
@@ -39,9 +40,6 @@ BAD_STEPS = 10      # non-finite losses in a row that end a run
 SAVE_SECONDS = 300  # between two writes of last.tar, of hundreds of megabytes
 # clusters announce the end by TERM, HUP or USR1; Windows has not all of them
 SIGNALS = [s for s in signal.Signals if s.name in "SIGINT SIGTERM SIGHUP SIGUSR1".split()]
-LAUNCHED = distributed.is_torchelastic_launched()  # else a stray RANK would wait for ever
-WORLD = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1  # torchrun starts so many ranks,
-RANK = int(os.environ["RANK"]) if LAUNCHED else 0  # and numbers them
 
 
 # ------------------------------------------------------------------------------- objectives
@@ -94,38 +92,37 @@ def ema_update(averaged: list, current: list, updates) -> None:
     torch._foreach_lerp_(averaged, current, 1 - min(EMA_DECAY, (1 + t) / (10 + t)))
 
 
-def all_ranks(value) -> list:
-    """The value that each rank has, in their order; every rank must ask."""
-    values = [value] * WORLD
-    if WORLD > 1:
-        distributed.all_gather_object(values, value)
-    return values
-
-
 def means_over_ranks(sums: Counter) -> dict[str, float]:
     """Each rank's sums over its `photographs` to the means over those of all ranks."""
     total = Counter()
     for each in all_ranks(sums):
-        total.update(each)  # adds
+        total.update(each)  # a Counter's adds
     count = total.pop("photographs", 0)
     return {name: value / count for name, value in total.items()}
 
 
-def distribute(network: nn.Module) -> nn.Module:
-    """The network, its gradients averaged over the ranks where there are several."""
-    return nn.parallel.DistributedDataParallel(network) if WORLD > 1 else network
+def ignore_signals(_) -> None:
+    """Of a worker: clusters send theirs to all processes, and the main one saves."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Training:
-    """A run in progress; start: a checkpoint's contents, or {}; resumed: a last.tar's."""
+    """A run in progress, from its --init, or resumed from the contents of a last.tar."""
 
-    def __init__(self, flags: dict, start: dict, device: torch.device, resumed=False):
-        self.settings, arguments = settle(flags, start)
+    def __init__(self, flags: dict, device: torch.device, resumed: dict | None = None):
+        choices = {"loss": OBJECTIVES, "encoder": ENCODERS, "decoder": DECODERS}
+        for name, known in choices.items():  # a loss may be gone since last.tar was written
+            if flags[name] not in known:
+                raise FlagError(f"--{name} {flags[name]}: choose one of {', '.join(known)}")
+        self.start, contents = (("", resumed) if resumed else  # in words, and what it holds
+                                starting_point(flags["init"], flags["encoder"]))
+        self.settings, arguments = settle(flags, contents)
         self.device, self.out = device, Path(flags["out"])
         self.amp = use_bf16(flags["amp"], device)
         self.lock = RANK == 0 and claim(self.out, resumed)
         self.open_photographs()
-        self.make_network(arguments, start, resumed)
+        self.make_network(arguments, contents, resumed)
         self.make_optimizers()
         self.step = self.bad = self.stop = 0  # bad: steps in a row; stop: a signal's number
         self.history, self.sums = [], Counter()  # epochs, from 0; what this one's steps add
@@ -135,8 +132,9 @@ class Training:
 
     def open_photographs(self) -> None:
         """The datasets of train and val; the first rank makes arrays that are missing."""
-        s, arrays = self.settings, Path(self.settings["data"], "processed")
-        manifests = all_ranks(prepare(arrays.parent) if RANK == 0 else None)[0]
+        s = self.settings
+        arrays = Path(s["data"], "processed")
+        manifests = all_ranks(prepare(s["data"]) if RANK == 0 else None)[0]
         self.fingerprint = manifests["train"]["fingerprint"]
         if not manifests["val"]["photographs"]:
             raise ColorizeError(f"{s['data']}/val: no usable photograph to score; add some")
@@ -144,7 +142,7 @@ class Training:
                                        s["seed"], s["limit"])
         self.val_data = ColorizeData(arrays / "val.npy", s["size"], limit=s["limit"])
 
-    def make_network(self, arguments: dict, start: dict, resumed: bool) -> None:
+    def make_network(self, arguments: dict, start: dict, resumed: dict | None) -> None:
         """The network with its starting weights, their average, and the objective."""
         s = self.settings
         # what a checkpoint learnt, its bins too, stays; else README's best of their means
@@ -159,7 +157,8 @@ class Training:
         if resumed:
             self.trained = bool(start["training"]["trained"])
         else:
-            self.start, taken = initialize(self.model, s["init"], start)
+            taken = initialize(self.model, self.start, start)
+            self.start += f" ({len(taken)} of {len(self.model.state_dict())} tensors)"
             own = self.model.encoder.named_parameters()
             encoder = {f"encoder.{name}" for name, _ in own}
             self.trained = encoder <= taken  # a start less deep leaves random layers
@@ -180,12 +179,14 @@ class Training:
         share = s["encoder_share"] if self.trained else 1.0
         groups = [{"params": encoder.parameters(), "peak": s["lr"] * share},
                   {"params": others, "peak": s["lr"]}]  # "peak" is ours, for train_step
-        self.parallel = distribute(self.model)
+        # with gradients averaged over the ranks, where there are several
+        wrap = nn.parallel.DistributedDataParallel if WORLD > 1 else lambda network: network
+        self.parallel = wrap(self.model)
         self.parts = {"weights": self.model, "average": self.ema}  # of last.tar
         if s["loss"] == "gan":
             self.discriminator = Discriminator().to(self.device)
             self.parts["discriminator"] = self.discriminator
-            self.parallel_discriminator = distribute(self.discriminator)
+            self.parallel_discriminator = wrap(self.discriminator)
             groups += [{"params": self.discriminator.parameters(), "peak": D_LR,
                         "betas": D_BETAS}]
         self.optimizer = self.parts["optimizer"] = torch.optim.AdamW(groups)
@@ -197,13 +198,14 @@ class Training:
         workers = min(8, (os.cpu_count() or 2) - 1) if cuda else 0
         for stored in torch.utils.data.DataLoader(dataset, self.settings["batch_size"],
                                                   sampler=numbers, num_workers=workers,
-                                                  pin_memory=cuda):
+                                                  pin_memory=cuda,
+                                                  worker_init_fn=ignore_signals):
             # bytes travel, a quarter of the traffic; there they become units
             lab = decode_lab(stored.to(self.device, non_blocking=True))
             yield lab.contiguous(memory_format=torch.channels_last)
 
     def train_step(self, lab: torch.Tensor) -> None:
-        """One step on a batch of Lab (N, 3, H, W), CIE units."""
+        """One step on a batch of Lab (N, 3, H, W), CIE units; what it gave adds to sums."""
         L, ab = lab[:, :1], lab[:, 1:]  # what is given, and what is to be guessed
         # by hand, from the step alone: a scheduler's state would be one more thing to save
         rate = learning_rate(self.step, self.steps_per_epoch * self.settings["epochs"])
@@ -241,7 +243,7 @@ class Training:
         say(f"step {self.step}: the loss is not finite; skipped")
         if self.bad == BAD_STEPS:
             raise ColorizeError(f"the loss was not finite {BAD_STEPS} times in a row; "
-                                "start from the best one, --init, with a lower --lr")
+                                f"--init {self.out}/best_model.tar with a lower --lr")
 
     def adversarial_losses(self, L, ab, made) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the network, where made ab is known as made; of the discriminator."""
@@ -275,6 +277,8 @@ class Training:
     def run(self) -> None:
         """Train to the last epoch; when asked to stop, finish the step, save and leave."""
         def note(number, _):
+            if self.stop:  # asked twice: at once
+                raise KeyboardInterrupt
             self.stop = number
         handlers = {number: signal.signal(number, note) for number in SIGNALS
                     if signal.getsignal(number) != signal.SIG_IGN}  # as under nohup
@@ -407,10 +411,7 @@ class Training:
 # ------------------------------------------------------------------------------ the command
 
 def settle(flags: dict, start: dict) -> tuple[dict, dict]:
-    """The settings, all of them known, and ColorNet's arguments; or FlagError."""
-    for name, known in (("loss", OBJECTIVES), ("encoder", ENCODERS), ("decoder", DECODERS)):
-        if flags[name] not in known:  # nor need those of an old last.tar be
-            raise FlagError(f"--{name} {flags[name]}: choose one of {', '.join(known)}")
+    """The settings, all of them known, and ColorNet's arguments."""
     model = start.get("model", {})
     arguments = {name: flags[name] for name in ("encoder", "decoder", "stages")}
     # losses other than bins fit the head that they find, of bins the mean colour
@@ -455,7 +456,7 @@ def resume_training(path: Path, flags: dict, device: torch.device) -> Training:
                 raise ColorizeError(f"--resume {path}: trained with {name} {old[name]}, "
                                     f"not {value}: leave that out, or start with --init")
         settings = {name: old[name] for name in flags} | given | {"out": str(path.parent)}
-        training = Training(settings, start, device, resumed=True)
+        training = Training(settings, device, start)
         training.restore(start)
         return training
     except (ColorizeError, OSError, MemoryError, torch.OutOfMemoryError):
@@ -496,7 +497,7 @@ def train(*, data: str = "data/input", out: str = "checkpoints", resume: str | N
     device: where to compute
     amp: bf16 arithmetic; auto: where the hardware has it
     """
-    flags = locals() | {"data": str(data), "out": str(out)}
+    flags = locals() | {"data": str(data), "out": str(out)}  # first: locals are flags only
     del flags["resume"]
     device, path = choose_device(device), Path(resume or "")
     if resume == "auto" and not (path := Path(out, "last.tar")).exists():
@@ -507,7 +508,7 @@ def train(*, data: str = "data/input", out: str = "checkpoints", resume: str | N
                                        timeout=timedelta(hours=6))
         atexit.register(distributed.destroy_process_group)
     training = (resume_training(path, flags, device) if resume else
-                Training(flags, starting_checkpoint(init, encoder), device))
+                Training(flags, device))
     if RANK == 0:
         training.describe()
     training.run()

@@ -17,7 +17,7 @@ from skimage.color import rgb2lab
 import basic_model
 from basic_model import (ColorNet, Discriminator, annealed_mean, color_bins,
                          encoder_levels, initialize, load_checkpoint, read_checkpoint,
-                         save_checkpoint, soft_encode, starting_checkpoint)
+                         save_checkpoint, soft_encode, starting_point)
 from photo import ColorizeError, in_gamut
 
 
@@ -238,7 +238,8 @@ def test_what_is_no_checkpoint_is_one_line_and_nothing_runs(kind, checkpoints, t
 
 def start(model, init):
     """As train begins."""
-    return initialize(model, init, starting_checkpoint(init, model.arguments["encoder"]))
+    source, contents = starting_point(init, model.arguments["encoder"])
+    return source, initialize(model, source, contents)
 
 
 def test_initializing_takes_what_matches(checkpoints, tmp_path, monkeypatch):
@@ -246,7 +247,7 @@ def test_initializing_takes_what_matches(checkpoints, tmp_path, monkeypatch):
     model = ColorNet(stages=2, head="ab")  # another head, one block more
     words, trained = start(model, str(checkpoints["bins"]))
     assert "blocks.4.0.weight" in trained and "head.weight" not in trained
-    assert f"{len(trained)} of {len(model.state_dict())} tensors" in words
+    assert words == str(checkpoints["bins"])
     assert torch.equal(model.blocks["4"][0].weight, source.blocks["4"][0].weight)
 
     encoder = torchvision.models.resnet18().state_dict()
@@ -290,7 +291,9 @@ def test_a_checkpoint_of_another_encoder_is_no_start(checkpoints):
 def test_auto_starts_from_the_shipped_checkpoint_if_its_encoder_fits(checkpoints, monkeypatch):
     monkeypatch.setattr(basic_model, "PRETRAINED", checkpoints["ab"])
     assert "head.weight" in start(ColorNet(stages=2), "auto")[1]
-    assert basic_model.starting_checkpoint("auto", "vgg11") == {}
+    monkeypatch.setattr(torchvision.models, "get_model", lambda *_, weights: torch.nn.Linear(1, 1))
+    source, contents = starting_point("auto", "vgg11")
+    assert source == "ImageNet's vgg11" and list(contents) == ["weights"]
 
 
 def test_a_deeper_network_starts_with_the_stages_it_shares(checkpoints):

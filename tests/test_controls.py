@@ -401,4 +401,4 @@ def test_a_text_file_without_a_hint_is_an_error(tmp_path, content):
     (tmp_path / "hints.txt").write_text(content)
     with pytest.raises(FlagError, match="hints.txt.*holds 0 points"):
         read_hints(str(tmp_path / "hints.txt"))
-    assert read_hints("") == ((), None)  # as where the flag is not given
+    assert read_controls(hints="") == Controls()  # as where the flag is not given

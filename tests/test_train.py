@@ -22,7 +22,7 @@ from conftest import ROOT
 import main
 import train as module
 from basic_model import (ColorNet, bins_prior, color_bins, load_checkpoint,
-                         read_checkpoint, save_checkpoint, starting_checkpoint)
+                         read_checkpoint, save_checkpoint)
 from colorize_data import ColorizeData, count_colors, prepare
 from photo import ColorizeError, FlagError
 from train import (OBJECTIVES, Training, ema_update, learning_rate, means_over_ranks,
@@ -198,8 +198,7 @@ def made_training(photos, tmp_path, **flags):
     """A training before its first step."""
     flags = TINY | {"data": str(photos), "out": str(tmp_path), "amp": "off"} | flags
     settings = {**train.__kwdefaults__, **flags}
-    start = starting_checkpoint(settings["init"], settings["encoder"])
-    return Training(settings, start, torch.device("cpu"))
+    return Training(settings, torch.device("cpu"))
 
 
 def first_step(training, batch=3):
@@ -827,7 +826,7 @@ def test_ranks_are_those_of_torchrun_and_not_of_a_stray_variable(names, launched
         monkeypatch.delenv(name, raising=False)
     for name, value in own.items():
         monkeypatch.setenv(name, value)
-    found = runpy.run_path(str(ROOT / "train.py"), run_name="a copy")
+    found = runpy.run_path(str(ROOT / "basic_model.py"), run_name="a copy")
     assert (found["WORLD"], found["RANK"]) == ((4, 3) if launched else (1, 0))
 
 
