@@ -45,6 +45,8 @@ KEPT_TAGS = {TAG.DocumentName, TAG.ImageDescription, TAG.Make, TAG.Model, TAG.Da
              TAG.Artist, TAG.Copyright, TAG.XResolution, TAG.YResolution,
              TAG.ResolutionUnit, TAG.PageName}
 SUBDIRECTORIES = ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo  # exposure, and where it was
+UNTRUE_TAGS = {TAG.ExifImageWidth, TAG.ExifImageHeight,  # sides before it was turned
+               TAG.MakerNote, TAG.ColorSpace, ExifTags.IFD.Interop}  # too long; not sRGB's
 HOST = platform.node()[:20]  # processes have numbers of their own on each machine
 TERMINAL = threading.Lock()  # lines and bars of all threads go out whole
 ASKING, MEGAPIXELS = threading.Lock(), threading.Semaphore(MAX_MEGAPIXELS)  # for photos_in
@@ -212,7 +214,7 @@ def opened(path: Path):
         if isinstance(error, MemoryError):
             reason, remedy = "not enough memory to decode it", "reduce it first"
         elif not reason:  # of Pillow, not of the system
-            reason = "it is damaged, cut off, or none of " + ", ".join(FORMATS)
+            reason = "damaged, cut off, packed oddly, or none of " + ", ".join(FORMATS)
             remedy = "copy it again, unpack it, or export it as PNG or JPEG"
         raise ColorizeError(f"{path}: cannot be read ({reason}); {remedy}") from None
 
@@ -298,10 +300,9 @@ def upright(image: Image.Image) -> tuple[Image.Image, bytes]:
         image = ImageOps.exif_transpose(image)
         exif.update({tag: own[tag] for tag in KEPT_TAGS & set(own)})
         for part in SUBDIRECTORIES:
-            exif.get_ifd(part).update(own.get_ifd(part))
-        # sides before it was turned; a maker's note fills most of what a JPEG can hold
-        for tag in (TAG.ExifImageWidth, TAG.ExifImageHeight, TAG.MakerNote):
-            exif.get_ifd(ExifTags.IFD.Exif).pop(tag, None)
+            if inside := {tag: value for tag, value in own.get_ifd(part).items()
+                          if tag not in UNTRUE_TAGS}:
+                exif[part] = inside
         if isinstance(words := image.info.get("Description"), str):  # a PNG's own text
             exif.setdefault(TAG.ImageDescription, words.encode())
         # tifffile, OME and ImageJ write there for themselves how the pixels lie

@@ -286,7 +286,7 @@ def test_a_mutated_file_is_read_or_refused(tmp_path):
     assert 0.1 < np.mean(outcomes) < 0.9, "the mutations test nothing"
 
 
-NONE = "damaged, cut off, or none of JPEG"
+NONE = "damaged, cut off, packed oddly, or none of JPEG"
 NO_PHOTOGRAPH = {
     "truncated": (lambda path: [smooth("RGB", 400, 300).save(path, "JPEG"),
                                 os.truncate(path, 2000)], NONE),
@@ -768,6 +768,18 @@ def test_the_text_of_a_png_that_describes_it_stays(tmp_path, words):
     write_photo(tmp_path / "y.png", [photo.image.convert("RGB")], photo, "coloured")
     description = Image.open(tmp_path / "y.png").getexif()[ExifTags.Base.ImageDescription]
     assert description.encode("latin-1").decode() == f"{words}; coloured"  # EXIF's are bytes
+
+
+def test_of_a_cameras_exif_nothing_stays_that_is_no_longer_true(tmp_path):
+    exif, gps = Image.Exif(), ExifTags.IFD.GPSInfo
+    exif[ExifTags.IFD.Exif] = {TAG.ISOSpeedRatings: 400, TAG.ColorSpace: 2, TAG.MakerNote: b"x" * 99,
+                               ExifTags.IFD.Interop: {1: "R03", 2: b"0100"}}  # Adobe RGB, twice
+    smooth("L").save(tmp_path / "x.jpg", exif=exif)
+    photo = read_photo(tmp_path / "x.jpg")
+    write_photo(tmp_path / "y.jpg", [photo.image.convert("RGB")], photo)
+    made = Image.open(tmp_path / "y.jpg").getexif()
+    assert made.get_ifd(ExifTags.IFD.Exif) == {TAG.ISOSpeedRatings: 400}
+    assert gps not in made  # there was none, nor is there an empty one
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
