@@ -27,9 +27,9 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms.v2 import functional as transforms
 
-from photo import (FORMATS, MIN_CHROMA, TERMINAL, ColorizeError, lab_to_image,
-                   lab_to_linear, photos_in, picture_sheet, rgb_to_lab, say,
-                   write_atomically)
+from photo import (FORMATS, MADE, MIN_CHROMA, TERMINAL, ColorizeError, Photo, lab_to_image,
+                   lab_to_linear, made_with, photos_in, picture_sheet, rgb_to_lab, say,
+                   write_atomically, write_photo)
 
 # a test set's photographs are as good for choosing the best epoch as any others
 SPLITS = {"train": "train"} | dict.fromkeys(["val", "valid", "validation", "test"], "val")
@@ -88,8 +88,8 @@ def content_hash(path: Path) -> str:
     return ""
 
 
-def find_photos(folder: Path) -> list[Path]:
-    """Every photograph below a folder, sorted; what is passed over is said, by reason."""
+def find_photos(folder: Path, made: bool = True) -> list[Path]:
+    """Photographs below a folder, sorted, also what is `made` here; others are said."""
     readable = {suffix for suffix, kind in Image.EXTENSION.items() if kind in FORMATS}
     found, passed_over, waiting = [], defaultdict(list), [Path(folder)]
     for here in waiting:  # it grows; os.walk calls itself, too deep for 1,000 folders
@@ -104,10 +104,12 @@ def find_photos(folder: Path) -> list[Path]:
                 passed_over["link"].append(path)
             elif os.path.isdir(path):
                 waiting.append(path)
-            elif path.suffix.lower() in readable and os.path.isfile(path):  # no pipe
+            elif path.suffix.lower() not in readable or not os.path.isfile(path):
+                passed_over["no format that can be read"].append(path)  # HEIC, notes, pipes
+            elif made or not made_with(path):  # the colours of a result are no truth
                 found.append(path)
-            else:  # such as HEIC, raw, or notes
-                passed_over["no format that can be read"].append(path)
+            else:
+                passed_over["made by this program"].append(path)
     say_names("passed over", passed_over)
     return sorted(found)
 
@@ -115,8 +117,7 @@ def find_photos(folder: Path) -> list[Path]:
 def import_photos(source: Path, data: Path, val_fraction: float) -> None:
     """Copy the photographs of a folder into DATA/train and val, its folders kept.
 
-    A set that comes with train and val (or test) folders stays split so; else the split is
-    by a hash of each content.
+    A set that comes with train and val (or test) stays split so; others by hash of content.
     """
     if not source.is_dir():
         raise ColorizeError(f"--source {source}: no such folder; a zip or another archive "
@@ -126,7 +127,7 @@ def import_photos(source: Path, data: Path, val_fraction: float) -> None:
         raise ColorizeError(f"--source {source}: lies in --data {data}, or that in it, and "
                             "would be copied into itself; name another folder with --data")
     root = source.parent  # the folder's own name may be that of a split
-    names = [path.relative_to(root) for path in find_photos(source)]
+    names = [path.relative_to(root) for path in find_photos(source, made=False)]
     top = Path(os.path.commonpath([name.parent for name in names] or [""]))
     counts = Counter(import_photo(root, name, top, data, val_fraction)
                      for name in progress(names, len(names), "import"))
@@ -135,10 +136,7 @@ def import_photos(source: Path, data: Path, val_fraction: float) -> None:
 
 
 def import_photo(root: Path, name: Path, top: Path, data: Path, val_fraction: float) -> str:
-    """Copy root / name to DATA/train/NAME or DATA/val/NAME; returns what became of it.
-
-    Where another photograph has that name, in either split, its hash becomes its name.
-    """
+    """Copy root / name to DATA/train/NAME or DATA/val/NAME; returns what became of it."""
     path, digest = root / name, content_hash(root / name)
     if not digest:  # gone since it was listed, or not ours to read
         return "unreadable"
@@ -150,7 +148,7 @@ def import_photo(root: Path, name: Path, top: Path, data: Path, val_fraction: fl
         name = name.relative_to(top)
     else:
         split, name = SPLITS[folders[start]], Path(*name.parts[start + 1:])
-    for place in (name, name.with_stem(digest)):  # the hash where a name is taken
+    for place in (name, name.with_stem(digest)):  # the hash where another has the name
         others = [*filter(os.path.isfile, (data / "train" / place, data / "val" / place))]
         if not others:
             write_atomically(data / split / place, partial(shutil.copyfile, path))
@@ -184,8 +182,9 @@ def prepare(data: Path, workers: int | None = None) -> dict:
                 seen[path.relative_to(data).as_posix()] = [file.st_size, file.st_mtime_ns]
     if not any(name.startswith("train/") for name in seen):
         source = data if os.path.isdir(data) else "FOLDER"
-        raise ColorizeError(f"no photograph below {data / 'train'}; if they are elsewhere: "
-                            f"python main.py data --source {source} --data {data}_2")
+        raise ColorizeError(f"no photograph below {data / 'train'}; " + (
+            f"move some there from {data / 'val'}" if seen else "if they are elsewhere: "
+            f"python main.py data --source {source} --data {data}_2"))
     manifest_path, known = data / "processed" / "manifests.json.gz", {}  # has a checksum
     with contextlib.suppress(OSError, EOFError, ValueError, TypeError, zlib.error):
         known = dict(json.loads(gzip.decompress(manifest_path.read_bytes())))
@@ -442,7 +441,7 @@ def data(*, data: Path = Path("data/input"), source: Path | None = None,
     for lab in decode_lab(stored.permute(0, 2, 3, 1).numpy()):
         tiles += [lab_to_image(lab[..., 0], lab[..., 1:] * factor) for factor in (0, 1)]
     sheet = picture_sheet(tiles, 4, ["L", "colour"] * (len(tiles) // 2), 192)
-    write_atomically(processed / "preview.png", lambda name: sheet.save(name, "PNG"))
+    write_photo(processed / "preview.png", [sheet], Photo(sheet), MADE)
     say(f"{processed / 'preview.png'}: samples as the network sees them", result=True)
 
 

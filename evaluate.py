@@ -29,9 +29,9 @@ from colorize_data import (SIDE, ColorizeData, content_hash, decode_lab, find_ph
                            ordered_map, progress)
 from controls import Controls, read_controls
 from inference import colorize, load_model
-from photo import (ColorizeError, FlagError, is_colored, lab_to_image, lab_to_rgb,
-                   lightness, picture_sheet, printable, read_photo, rgb_to_lab, say,
-                   working_copy, write_atomically)
+from photo import (MADE, ColorizeError, FlagError, Photo, is_colored, lab_to_image,
+                   lab_to_rgb, lightness, picture_sheet, printable, read_photo, rgb_to_lab,
+                   say, working_copy, write_atomically, write_photo)
 
 # rows of the table: score, heading, digits
 SCORES = {"psnr": ("PSNR, dB", 2), "ssim": ("SSIM", 3), "ciede2000": ("CIEDE2000", 2),
@@ -226,7 +226,7 @@ def evaluate(*, image: list[str] | Path = ("data/input/val",), model: str | None
     """
     places = [image] if isinstance(image, (str, Path)) else image
     paths = [path for place in map(Path, places)
-             for path in (find_photos(place) if place.is_dir() else [place])]
+             for path in (find_photos(place, made=False) if place.is_dir() else [place])]
     names = [name.strip() for name in (model or "").split(",") if name.strip()]
     if model and not names:
         raise FlagError(f"--model '{model}': names no checkpoint; write a.tar,b.tar")
@@ -292,7 +292,7 @@ def draw_evaluation(path: Path, scored: dict, methods: dict) -> None:
         captions.append(printable(source.name)[:32])
     columns = (len(names) + 1) * (2 if len(names) < 3 else 1)  # one or two photographs
     sheet = picture_sheet(tiles, columns, captions, 200)
-    write_atomically(path, lambda name: sheet.save(name, "PNG"))
+    write_photo(path, [sheet], Photo(sheet), MADE)
     say(f"{path}: from best to worst by {SCORES[error][0]}", result=True)
 
 
@@ -308,7 +308,7 @@ def draw_preview(path: Path, network, photographs: ColorizeData) -> None:
         tiles += [lab_to_image(L[..., 0], colors) for colors in (0 * ab, ab, true)]
     captions = ["gray", "prediction", "truth"] * (len(tiles) // 3)
     sheet = picture_sheet(tiles, 6, captions, 160)
-    write_atomically(path, lambda name: sheet.save(name, "PNG"))
+    write_photo(path, [sheet], Photo(sheet), MADE)
 
 
 CURVES = {"loss": ["loss", "val_loss"], "PSNR, dB": ["psnr"], "learning rate": ["lr"],
@@ -324,7 +324,7 @@ def draw_curves(path: Path, history: list[dict]) -> None:
     picture = Image.new("RGB", (WIDTH * 2, HEIGHT * -(-len(panels) // 2)), "white")
     for i, panel in enumerate(panels):
         draw_panel(ImageDraw.Draw(picture), i % 2 * WIDTH, i // 2 * HEIGHT, history, *panel)
-    write_atomically(path, lambda name: picture.save(name, "PNG"))
+    write_photo(path, [picture], Photo(picture), MADE)
 
 
 def draw_panel(draw, left: int, top: int, history: list, title: str, names: list) -> None:

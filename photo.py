@@ -192,11 +192,11 @@ def lab_to_image(L: np.ndarray, ab: np.ndarray) -> Image.Image:
 
 class Photo(NamedTuple):
     """One photograph (or page), upright and in sRGB."""
-    image: Image.Image          # mode L, RGB or I;16 (16-bit gray)
-    alpha: Image.Image | None   # mode L
-    exif: bytes                 # with dpi: what is written back
-    dpi: tuple | None
-    note: str                   # what a user should know of the reading, or ""
+    image: Image.Image                 # mode L, RGB or I;16 (16-bit gray)
+    alpha: Image.Image | None = None   # mode L
+    exif: bytes = b""                  # with dpi: what is written back
+    dpi: tuple | None = None
+    note: str = ""                     # what a user should know of the reading
 
 
 @contextlib.contextmanager

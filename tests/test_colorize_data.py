@@ -18,7 +18,7 @@ from skimage import color
 import colorize_data
 from colorize_data import (SIDE, ColorizeData, decode_lab, encode_lab, find_photos,
                            import_photos, old_photograph, prepare)
-from photo import ColorizeError, rgb_to_lab
+from photo import MADE, ColorizeError, Photo, rgb_to_lab, write_photo
 
 
 def test_storage_loses_at_most_half_a_unit():
@@ -418,6 +418,23 @@ def test_what_macos_adds_and_what_is_no_photograph_is_not_taken(tmp_path):
     assert files(tmp_path / "data") == ["train/a/1.png", "train/b/2.png"]
 
 
+def test_results_and_sheets_of_this_program_are_not_taken(tmp_path, capsys):
+    source = make_set(tmp_path / "set", ["train/1.png", "train/2.png"])
+    colorize_data.data(data=source)  # its processed/preview.png is a picture, too
+    image = made_photo(5)
+    write_photo(source / "train" / "1_color.png", [image], Photo(image), MADE)
+    import_photos(source, tmp_path / "data", 0.1)
+    assert files(tmp_path / "data") == ["train/1.png", "train/2.png"]
+    said = capsys.readouterr().err
+    assert "2 passed over, made by this program: " in said and "preview.png" in said
+
+
+def test_where_all_photographs_are_in_val_it_is_said_to_move_some(tmp_path):
+    make_set(tmp_path, ["val/1.png", "val/2.png"])
+    with pytest.raises(ColorizeError, match=f"{tmp_path / 'train'}; move some there from .*val$"):
+        prepare(tmp_path)
+
+
 @pytest.mark.parametrize("inside", [".", "train", "new/deep", ".."])
 def test_the_data_folder_is_not_imported_into_itself(tmp_path, inside):
     data = make_set(tmp_path / "data", ["train/1.png", "new/deep/2.png", "processed/preview.png"])
@@ -443,7 +460,7 @@ def test_a_photograph_gone_after_it_was_listed_is_counted(tmp_path, monkeypatch,
     source = make_set(tmp_path.resolve() / "flowers", FLOWERS[:3])
     listed = colorize_data.find_photos(source)
     listed[1].unlink()
-    monkeypatch.setattr(colorize_data, "find_photos", lambda folder: listed)
+    monkeypatch.setattr(colorize_data, "find_photos", lambda folder, made: listed)
     import_photos(source, tmp_path / "data", 1e-9)
     assert len(files(tmp_path / "data")) == 2
     assert "2 train, 1 unreadable" in capsys.readouterr().err

@@ -16,8 +16,9 @@ from skimage.color import deltaE_ciede2000, rgb2lab
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import evaluate
+import photo
 from evaluate import score, summarize
-from photo import ColorizeError
+from photo import ColorizeError, Photo, write_photo
 
 TRUTH, MADE = np.asarray(made_photo(0)), np.asarray(made_photo(1))
 GRAY = np.asarray(made_photo(0).convert("L").convert("RGB"))
@@ -244,6 +245,14 @@ def test_of_gray_and_toned_photographs_what_needs_no_truth_is_scored(checkpoints
     assert [line[:20].strip() for line in lines[2:4]] == ["colourfulness", "patchiness"]
     assert lines[2].split()[1] == "0.0" and float(lines[2].split()[-2]) > 1  # gray; the checkpoint
     assert (tmp_path / "out" / "evaluation.png").exists()
+
+
+def test_results_and_evaluations_are_not_taken_for_photographs(checkpoints, tmp_path, capsys):
+    made_photo(3).save(tmp_path / "a.png")
+    write_photo(tmp_path / "a_color.png", [made_photo(4)], Photo(made_photo(4)), photo.MADE)
+    for _ in range(2):  # the second time evaluation.png lies there
+        evaluate.evaluate(image=tmp_path, model=str(checkpoints["ab"]), size=64, out=tmp_path)
+        assert capsys.readouterr().out.startswith("1 photographs in colour")
 
 
 def test_an_empty_name_scores_no_other_checkpoint(checkpoints, photos, tmp_path):
