@@ -89,14 +89,15 @@ def read_hints(text: str) -> tuple[tuple, Image.Image | None]:
     path, known = Path(text), {".txt", *Image.registered_extensions()}
     if "," not in text or path.suffix.lower() in known:  # points end in a colour
         if path.suffix.lower() != ".txt":
-            return (), read_photo(path).image.convert("RGB")
+            picture, alpha, *_ = read_photo(path)
+            alpha = alpha or Image.new("L", picture.size, 255)
+            return (), Image.merge("RGBA", [*picture.convert("RGB").split(), alpha])
         try:
             if not path.is_file() or path.stat().st_size > 1e6:  # a pipe never ends
                 raise OSError
             text = path.read_text(encoding="utf-8-sig").replace("\n", ";")
         except (OSError, ValueError):
-            raise ColorizeError(f"--hints {path}: cannot be read as text under 1 MB; check "
-                                "the path") from None
+            raise ColorizeError(f"--hints {path}: no text under 1 MB; check it") from None
     hints = []
     for point in filter(str.strip, text.split(";")):
         try:
@@ -325,19 +326,18 @@ def fixed_dabs(dabs: Image.Image, image: Image.Image, shape: tuple) -> tuple:
     """Which pixels of a working copy are dabbed, (h, w) bool, and their ab (h, w, 2).
 
     dabs: a copy of the photograph `image`, of any size, with colours painted on (Levin et
-    al. 2004). Where it differs in chroma, or clearly in lightness (a gray dab), its ab is
-    wanted, but for the edges of strokes, which are anti-aliased or blurred by JPEG.
+    al. 2004), or these on a clear layer. What differs in chroma, or clearly in L, is one.
     """
     if abs(dabs.width / dabs.height * image.height / image.width - 1) > 0.02:
         raise FlagError(f"--hints: the dabbed picture is {dabs.width}x{dabs.height}, not "
                         f"of the photograph's shape {image.width}x{image.height}")
     scale = min(1.0, 2 * max(shape) / max(dabs.size))  # more would only cost time
     size = [max(round(side * scale), 1) for side in dabs.size]
-    lab = rgb_to_lab(np.asarray(dabs.resize(size, Image.Resampling.BOX)))
-    photo = working_copy(image, min(size)).convert("RGB").resize(size)
-    truth = rgb_to_lab(np.asarray(photo))
-    # the copy may have been made gray first: what is as it is then is no dab either
-    grayed = rgb_to_lab(np.asarray(photo.convert("L").convert("RGB")))
+    dabs = dabs.convert("RGBA").resize(size, Image.Resampling.BOX)
+    photo = working_copy(image, max(size)).convert("RGB").resize(size)  # not under `size`
+    copy = Image.alpha_composite(photo.convert("RGBA"), dabs).convert("RGB")
+    gray = photo.convert("L").convert("RGB")  # the copy may have been made so: no dab
+    lab, truth, grayed = (rgb_to_lab(np.asarray(x)) for x in (copy, photo, gray))
     chroma, light = (np.minimum(*(np.linalg.norm((lab - other)[..., part], axis=-1)
                                   for other in (truth, grayed)))
                      for part in (np.s_[1:], np.s_[:1]))

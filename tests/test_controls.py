@@ -350,6 +350,25 @@ def test_dabs_are_found_where_they_were_painted_and_nowhere_else(tmp_path, kind)
     assert gray.sum() > 500 and np.abs(wanted[gray]).mean() < 2
 
 
+@pytest.mark.parametrize("below", [(0, 0, 0, 0), (255, 255, 255, 0)])
+def test_dabs_on_a_clear_layer_are_those_on_a_copy(tmp_path, below):
+    photo, dabbed = gray_photo(4, 300, 200), []
+    for picture in (photo.convert("RGB"), Image.new("RGBA", photo.size, below)):
+        ImageDraw.Draw(picture).rectangle((40, 40, 90, 70), "#4060d0")
+        picture.save(tmp_path / "dabs.png")
+        dabbed.append(fixed_dabs(read_hints(str(tmp_path / "dabs.png"))[1], photo, (200, 300)))
+    assert all(np.array_equal(*pair) for pair in zip(*dabbed))
+
+
+def test_in_the_texture_of_a_panorama_nothing_is_taken_for_a_dab():
+    texture = np.random.default_rng(0).integers(0, 256, (25, 400), np.uint8)
+    photo = Image.fromarray(texture).resize((1600, 100), Image.Resampling.NEAREST)  # 16 to 1
+    copy = photo.convert("RGB")
+    ImageDraw.Draw(copy).rectangle((800, 20, 879, 79), "#4060d0")
+    fixed, _ = fixed_dabs(copy, photo, (64, 1024))
+    assert fixed[14:50, 514:560].all() and fixed.sum() < 2200  # 51 x 38 pixels
+
+
 @pytest.mark.parametrize("kind", ["jpg", "png"])
 def test_dabs_colour_what_they_lie_on_and_not_the_rest(shipped, tmp_path, kind):
     photo = picture_of(two_sides(5))
