@@ -238,7 +238,7 @@ def plan_outputs(images: list[str], output: Path, ending: str,
             raise FlagError(f"--output {output}: its ending is the format; no --format")
         if len(plan) > 1:
             raise ColorizeError(f"--output {output}: is one file for {len(plan)} "
-                                "photographs; name a folder")
+                                "photographs; name a folder, or make that one")
         return [(source, output) for source in plan]
     # a.jpg and a.png keep their endings; that may meet a.jpg.png, which then keeps its own
     for _ in range(3):
@@ -256,11 +256,9 @@ def color_file(job: Job, pair: tuple[Path, Path]) -> str | ColorizeError:
     """Colour one photograph of a plan: the line to print, "" if it was there; an error."""
     (source, target), start = pair, time.monotonic()
     try:
-        # first: of a name that is too long nothing can be asked
-        tiff = check_target(target) == "TIFF"
+        tiff = check_target(target) == "TIFF"  # first: of a long name nothing can be asked
         if target.exists() and source.exists() and target.samefile(source):
-            raise ColorizeError(f"{target}: is the photograph itself; name another "
-                                "--output")
+            raise ColorizeError(f"{target}: is the photograph itself; name another place")
         there = made_with(target) if target.is_file() else ""
         # a photograph may have been scanned again under its old name
         if there == job.description and not job.overwrite and \
@@ -275,13 +273,15 @@ def color_file(job: Job, pair: tuple[Path, Path]) -> str | ColorizeError:
             if len(photos) > 1 and not tiff:
                 raise ColorizeError(f"{source}: has {len(photos)} pages, which only a .tif "
                                     "can hold; name one as --output, or --format tif")
+            if len(photos) > 1 and (job.controls.hints or job.controls.dabs):
+                raise FlagError(f"--hints are for one photograph, {source} has "
+                                f"{len(photos)} pages; export the page alone")
             width, height = photos[0].image.size
             across = 2 * width if job.kind == "compare" else width
             if job.kind != "sheet":  # which is small, whatever the photograph
                 check_target(target, max(across, height))
             deep = tiff and modes == ["I;16"] and job.kind == "color"
             pictures, remarks = zip(*(make_picture(job, photo, deep) for photo in photos))
-            # metadata are those of the first page
             lost = write_photo(target, list(pictures), photos[0], job.description)
     except ColorizeError as error:
         return error
@@ -304,7 +304,6 @@ def make_picture(job: Job, photo: Photo, deep: bool) -> tuple:
         return make_sheet(job.model, image, job.size), remarks
     prediction = predict(job.model, image, job.size)
     picture, mean, wanted = add_color(job.model, image, prediction, job.controls, deep)
-    # what a user would want to know before trusting the picture
     if image.mode == "I;16" and not deep and job.kind == "color":
         remarks.append("16-bit gray was written as 8-bit; a .tif of one page keeps it")
     if is_colored(image):
@@ -312,7 +311,8 @@ def make_picture(job: Job, photo: Photo, deep: bool) -> tuple:
     if wanted is not None:
         remarks.append("mean ab {:.1f},{:.1f} asked, {:.1f},{:.1f} achieved".format(
             *wanted, *mean))
-        if np.linalg.norm(wanted - mean) > 1 and not job.controls.hints:
+        hinted = job.controls.hints or job.controls.dabs  # which move the mean, too
+        if np.linalg.norm(wanted - mean) > 1 and not hinted:
             remarks[-1] += ": the target is out of reach, this is the nearest found"
     if job.kind == "compare":
         L = prediction.L  # its gray is that of the result, bit for bit

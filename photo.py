@@ -365,7 +365,7 @@ def check_target(path: Path, side: int = 0) -> str:
     kind = Image.EXTENSION.get(path.suffix.lower())
     if kind not in WRITABLE:
         raise ColorizeError(f"{path}: '{path.suffix}' is no picture format that can be "
-                            "written; use .png, .jpg, .tif or .webp")
+                            "written; use .png, .jpg, .tif, .webp, or make that folder")
     if side > MAX_SIDES.get(kind, side):
         raise ColorizeError(f"{path}: {kind} holds {MAX_SIDES[kind]} pixels a side, not "
                             f"{side}; name a .png or .tif, or --format png (or tif)")

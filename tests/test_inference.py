@@ -364,6 +364,11 @@ def test_the_sheet_has_a_tile_for_every_mood_and_variants(run, checkpoints, tmp_
 def test_hints_are_for_one_photograph(photos, run, tmp_path):
     with pytest.raises(FlagError, match="one photograph"):
         run(photos / "val", tmp_path, hints="1,1,#ff0000")
+    one, two = gray_photo(1), gray_photo(2)
+    one.save(tmp_path / "pages.tif", save_all=True, append_images=[two])
+    with pytest.raises(FlagError, match="one photograph, .*pages.tif has 2 pages; export"):
+        run(tmp_path / "pages.tif", tmp_path, hints="1,1,#ff0000")
+    assert files(tmp_path) == ["pages.tif"]
 
 
 @pytest.mark.parametrize("flags", [{"mood": "warm"}, {"variant": 2}, {"compare": True}])
@@ -380,6 +385,18 @@ def test_a_mood_says_what_was_asked_and_achieved(run, tmp_path, capsys):
         r"mean ab (\S+) asked, (\S+) achieved", capsys.readouterr().out).groups())
     assert asked == pytest.approx(achieved, abs=1)
     assert mean_ab(Image.open(tmp_path / "a_color.png")) == pytest.approx(achieved, abs=0.3)
+
+
+def test_what_dabs_take_from_a_mood_is_not_called_out_of_reach(run, tmp_path, capsys):
+    copy = gray_photo(1).convert("RGB")
+    gray_photo(1).save(tmp_path / "a.png")
+    copy.paste("#4060d0", (10, 10, 60, 60))
+    copy.save(tmp_path / "dabs.png")
+    run(tmp_path / "a.png", tmp_path, mood="golden", hints=str(tmp_path / "dabs.png"))
+    said = capsys.readouterr().out
+    asked, achieved = (np.array(pair.split(","), float) for pair in re.search(
+        r"mean ab (\S+) asked, (\S+) achieved", said).groups())
+    assert np.linalg.norm(asked - achieved) > 1 and "out of reach" not in said
 
 
 def test_a_colour_photograph_is_remarked_on(run, tmp_path, capsys):
@@ -467,8 +484,10 @@ def test_thirty_mixed_files_end_with_the_right_counts(run, tmp_path, capsys):
 def test_an_empty_folder_and_one_file_for_many_are_one_line(photos, run, tmp_path):
     with pytest.raises(ColorizeError, match="no photograph"):
         run(tmp_path, tmp_path / "out")
-    with pytest.raises(ColorizeError, match="is one file for 4 photographs"):
+    with pytest.raises(ColorizeError, match="is one file for 4 photographs.*or make that one"):
         run(photos / "val", tmp_path / "out.png")
+    with pytest.raises(ColorizeError, match="v1.3: '.3' is no .*, or make that folder"):
+        run(photos / "val" / "round" / "9.png", tmp_path / "v1.3")
 
 
 # ----------------------------------------------------------------------------- full or read-only
