@@ -159,9 +159,8 @@ class Training:
         else:
             taken = initialize(self.model, self.start, start)
             self.start += f" ({len(taken)} of {len(self.model.state_dict())} tensors)"
-            own = self.model.encoder.named_parameters()
-            encoder = {f"encoder.{name}" for name, _ in own}
-            self.trained = encoder <= taken  # a start less deep leaves random layers
+            own = dict(self.model.encoder.named_parameters())  # a less deep start has fewer
+            self.trained = {f"encoder.{name}" for name in own} <= taken
         self.model.encoder.train(not self.trained)  # a trained batch norm knows more
         # no gradients for it either: a step is a fifth faster
         if self.trained and s["encoder_share"] == 0:
@@ -381,6 +380,8 @@ class Training:
             raise ValueError
         for row in [*self.history, self.sums, self.best()]:
             math.fsum(row.values())  # raises where one is no number
+        if self.step and self.best() and not (self.out / "best_model.tar").exists():
+            raise ColorizeError(f"--resume {path}: copy its best_model.tar beside it, too")
 
     def describe(self) -> None:
         """The log's first lines: what is trained, by which loss, from where; a command."""
@@ -437,7 +438,7 @@ def claim(out: Path, resumed: bool):
                             f"written ({error.strerror}); name another folder") from None
     if not resumed and ((out / "last.tar").exists() or (out / "best_model.tar").exists()):
         raise ColorizeError(f"--out {out}: holds a training: --resume auto, or another "
-                            "--out")
+                            "--out if its last.tar is gone")
     return lock
 
 

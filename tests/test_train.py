@@ -668,6 +668,13 @@ def test_resuming_on_another_number_of_ranks_is_refused(cut, tmp_path):
         train(out=tmp_path, resume="auto")
 
 
+def test_without_its_best_epoch_a_training_is_not_resumed(photos, tmp_path):
+    run(photos, tmp_path, epochs=1)
+    (tmp_path / "best_model.tar").unlink()  # or last.tar alone was copied here
+    with pytest.raises(ColorizeError, match="last.tar: copy its best_model.tar beside it"):
+        train(out=tmp_path, resume="auto", epochs=2)
+
+
 def test_a_finished_training_says_how_it_goes_on(photos, tmp_path, capsys):
     run(photos, tmp_path, epochs=1)
     assert "to go on" not in capsys.readouterr().err
