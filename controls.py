@@ -97,7 +97,7 @@ def read_hints(text: str) -> tuple[tuple, Image.Image | None]:
                 raise OSError
             text = path.read_text(encoding="utf-8-sig").replace("\n", ";")
         except (OSError, ValueError):
-            raise ColorizeError(f"--hints {path}: no text under 1 MB; check it") from None
+            raise ColorizeError(f"--hints {path}: no UTF-8 text file under 1 MB") from None
     hints = []
     for point in filter(str.strip, text.split(";")):
         try:
