@@ -132,8 +132,7 @@ class Training:
 
     def open_photographs(self) -> None:
         """The datasets of train and val; the first rank makes arrays that are missing."""
-        s = self.settings
-        arrays = Path(s["data"], "processed")
+        s, arrays = self.settings, Path(self.settings["data"], "processed")
         manifests = all_ranks(prepare(s["data"]) if RANK == 0 else None)[0]
         self.fingerprint = manifests["train"]["fingerprint"]
         if not manifests["val"]["photographs"]:

@@ -632,7 +632,7 @@ def spoil(contents: dict, where: str, value) -> None:
 
 @pytest.mark.parametrize("where, value", [
     ("training/settings", None), ("training/settings", [1]),
-    ("training/settings/loss", "mse2"), ("training/settings/film", None),
+    ("training/settings/film", None),
     ("training/settings/batch_size", 0), ("training/ranks", None),
     ("training/fingerprint", None), ("training/start", None),
     ("resume/weights", [1]), ("resume/weights/head.weight", torch.zeros(3)),
