@@ -399,7 +399,7 @@ def take_weights(model: ColorNet, weights: dict, source: str | Path) -> set[str]
 
 def load_checkpoint(path: Path, device: str = "cpu") -> tuple[ColorNet, dict]:
     """The network of a checkpoint, float32, in eval mode, and its contents, all checked."""
-    contents = read_checkpoint(path)
+    contents = read_checkpoint(Path(path))
     model = ColorNet(**contents["model"], colors=contents.get("colors"))
     taken = take_weights(model, contents["weights"], path)
     odd = (model.state_dict().keys() | contents["weights"].keys()) - taken

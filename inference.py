@@ -160,25 +160,26 @@ def add_color(model: ColorNet, image: Image.Image, prediction: Prediction,
     return *render(image, L, ab, controls.hints, deep), wanted
 
 
-def colorize(model: ColorNet | None, image: Image.Image | np.ndarray | str | Path,
-             size: int = 256, controls: Controls = Controls()) -> Image.Image | np.ndarray:
+def colorize(model: ColorNet | str | Path | None,
+             image: Image.Image | np.ndarray | str | Path, size: int = 256,
+             controls: Controls = Controls()) -> Image.Image | np.ndarray:
     """Colour one photograph: its L stays, ab comes from the network.
 
-    model: of load_checkpoint; None: the shipped one. image: a path, a Pillow image of any
-    mode, or an sRGB array of ARRAYS. controls: of read_controls. Returns a Pillow RGB image
-    of the same size, or for 16-bit gray a uint16 array (H, W, 3).
+    model: or its file; None: the shipped one. image: or its file, or one of ARRAYS, sRGB.
+    Returns a Pillow RGB image of the same size, of 16-bit gray a uint16 array (H, W, 3).
     """
-    model = load_checkpoint(PRETRAINED)[0] if model is None else model
+    if not isinstance(model, ColorNet):
+        model = load_checkpoint(model or PRETRAINED)[0]
+    if isinstance(image, np.ndarray):
+        kind = (image.dtype.name, image.ndim, *image.shape[2:])
+        image = Image.fromarray(image) if kind in ARRAYS else None
     if isinstance(image, (str, Path)):  # the first page of several
         image = read_photo(Path(image)).image
-    else:
-        if isinstance(image, np.ndarray):
-            kind = (image.dtype.name, image.ndim, *image.shape[2:])
-            image = Image.fromarray(image) if kind in ARRAYS else None
-        if not isinstance(image, Image.Image) or not min(image.size):
-            raise ColorizeError("colorize: image must be a path, a Pillow image, or an "
-                                "array, uint8 (H, W) or (H, W, 3), or uint16 (H, W)")
+    elif isinstance(image, Image.Image) and min(image.size):
         image = decode_photo(image).image
+    else:
+        raise ColorizeError("colorize: image must be a path, a Pillow image, or an array, "
+                            "uint8 (H, W) or (H, W, 3), or uint16 (H, W)")
     prediction = predict(model, image, size)
     return add_color(model, image, prediction, controls, image.mode == "I;16")[0]
 
@@ -408,8 +409,7 @@ def inference(*, image: list[str] = ("data/input/val",), model: str | None = Non
     settings = {"checkpoint": content_hash(path)[:12], "size": size, "kind": kind,
                 "invert": invert or None, **controls._asdict(),
                 "dabs": controls.dabs and content_hash(Path(hints))[:12]}
-    words = [f"{name} {value}" for name, value in settings.items()
-             if value not in (None, ())]
+    words = [f"{name} {x}" for name, x in settings.items() if x not in (None, ())]
     description = ", ".join([f"{MADE} {VERSION}", *words])
     job = Job(network, size, controls, kind, description, max_megapixels, overwrite, invert)
     # a caller from Python may give one path

@@ -60,11 +60,12 @@ def test_arrays_and_16_bits_are_coloured_as_pictures_are(models):
     assert out.dtype == np.uint16 and (out == colorize(models["ab"], gray_16(), 32)).all()
 
 
-def test_no_model_is_the_shipped_one(tmp_path):
+def test_no_model_is_the_shipped_one_and_a_path_is_that_of_a_checkpoint(tmp_path):
     gray_photo().save(tmp_path / "a.png")
     shipped = load_checkpoint(PRETRAINED)[0]
-    out = colorize(None, str(tmp_path / "a.png"), 32)
-    assert out.tobytes() == colorize(shipped, gray_photo(), 32).tobytes()
+    for model in (None, PRETRAINED, str(PRETRAINED)):
+        out = colorize(model, str(tmp_path / "a.png"), 32)
+        assert out.tobytes() == colorize(shipped, gray_photo(), 32).tobytes()
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -579,7 +579,7 @@ def test_resume_alone_goes_on_with_the_settings_in_the_checkpoint(photos, tmp_pa
 def test_a_second_training_into_a_folder_that_holds_one_is_refused(photos, tmp_path):
     run(photos, tmp_path, epochs=1)
     before = (tmp_path / "best_model.tar").read_bytes()
-    with pytest.raises(ColorizeError, match="holds a training: --resume auto, or another"):
+    with pytest.raises(ColorizeError, match="holds a training: go on by --resume auto, or begin in another"):
         run(photos, tmp_path, epochs=1, seed=1)
     assert (tmp_path / "best_model.tar").read_bytes() == before
     (tmp_path / "last.tar").unlink()
@@ -740,7 +740,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_resuming_goes_on(
 
 @pytest.mark.parametrize("flags, said", [
     ({"loss": "gan"}, "--init PATH"),
-    ({"loss": "gan", "init": "auto", "encoder": "resnet34"}, "--init PATH")])
+    ({"loss": "gan", "init": "none", "encoder": "resnet34"}, "--init PATH")])
 def test_flags_that_contradict_each_other_are_named(flags, said, photos, tmp_path):
     with pytest.raises(FlagError, match=said):
         run(photos, tmp_path, **flags)
