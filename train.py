@@ -275,7 +275,7 @@ class Training:
     def run(self) -> None:
         """Train to the last epoch; when asked to stop, finish the step, save and leave."""
         def note(number, _):
-            if self.stop:  # asked twice: at once
+            if self.stop and number == signal.SIGINT:  # Ctrl-C again: at once
                 raise KeyboardInterrupt
             self.stop = number
         handlers = {number: signal.signal(number, note) for number in SIGNALS

@@ -533,6 +533,36 @@ def test_a_resumed_run_equals_the_whole_one_bit_for_bit(step, number, photos, tm
         assert [one.get(k) for k in keys] == [other.get(k) for k in keys]
 
 
+def test_ctrl_c_while_a_stop_is_awaited_stops_at_once_and_a_second_hang_up_does_not(
+        photos, tmp_path, monkeypatch):
+    def asked_twice(self, lab):
+        for number in (signal.SIGUSR1, signal.SIGHUP, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        asked.append(number)
+        os.kill(os.getpid(), signal.SIGINT)
+    asked = []
+    monkeypatch.setattr(Training, "train_step", asked_twice)
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)
+    with pytest.raises(KeyboardInterrupt):
+        run(photos, tmp_path)
+    assert asked == [signal.SIGTERM]
+
+
+def test_workers_leave_signals_to_the_main_process():
+    code = ("import os, signal, torch, train\n"
+            "class Data(torch.utils.data.Dataset):\n"
+            "    def __len__(self): return 4\n"
+            "    def __getitem__(self, n):\n"
+            "        for number in train.SIGNALS: os.kill(os.getpid(), number)\n"
+            "        return n\n"
+            "loader = torch.utils.data.DataLoader(Data(), num_workers=1,\n"
+            "                                     worker_init_fn=train.ignore_signals)\n"
+            "print([int(n) for n in loader])")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, env=ONE_THREAD,
+                          capture_output=True)
+    assert done.stdout == "[0, 1, 2, 3]\n", done.stderr
+
+
 def test_a_gan_resumes_with_its_discriminator(photos, tmp_path, monkeypatch, checkpoints):
     flags = {"loss": "gan", "init": str(checkpoints["ab"])}
     whole = run(photos, tmp_path / "whole", **flags)
