@@ -405,7 +405,8 @@ def load_checkpoint(path: Path, device: str = "cpu") -> tuple[ColorNet, dict]:
     odd = (model.state_dict().keys() | contents["weights"].keys()) - taken
     if odd:
         raise ColorizeError(f"{path}: its key 'weights' is not of its network, as at "
-                            f"{min(map(str, odd)):.80}; name another checkpoint")
+                            f"{min(map(str, odd)):.80}; name another checkpoint, or take "
+                            "back what was changed in ColorNet since")
     return model.to(device).eval(), contents
 
 
@@ -432,7 +433,8 @@ def starting_point(init: str, encoder: str) -> tuple[str, dict]:
         backbone = torchvision.models.get_model(encoder, weights="DEFAULT")
     except OSError:  # URLError is one
         raise ColorizeError(f"--init {init}: ImageNet's weights of {encoder} cannot be "
-                            "fetched; add --init PATH, or --init none") from None
+                            "fetched; write --init PATH of a .pth of them, or --init "
+                            "none") from None
     weights = {f"encoder.{name}": w for name, w in backbone.state_dict().items()}
     return f"ImageNet's {encoder}", {"weights": weights}
 

@@ -31,6 +31,8 @@ MAX_HINTS, MAX_PLACES = 200, 4096  # points cost time; a likeness matrix has 64 
 # own distribution, not at all where that is under 6 ab units: skin, sky, grass are known
 VARIANT_TILT, VARIANT_CERTAIN, VARIANT_OPEN = 0.7, 6.0, 14.0
 VARIANT_ROUNDS = 10   # of the likeness: after these an object has one colour
+# of a mood's way: with more the few things that are uncertain glow, with none all is tinted
+TILTED = 0.3
 
 
 class Controls(NamedTuple):
@@ -63,12 +65,11 @@ MOODS = {
 def hex_to_ab(text: str, flag: str) -> tuple[float, float]:
     """ab of "#rrggbb"."""
     try:
-        rgb = np.array(ImageColor.getrgb(text.strip())[:3])
-        if rgb.max() > 255:  # rgb(300,0,0) passes Pillow
-            raise ValueError
-    except ValueError:
+        # numpy refuses what passes Pillow: rgb(300,0,0)
+        rgb = np.array(ImageColor.getrgb(text.strip())[:3], np.uint8)
+    except (ValueError, OverflowError):
         raise FlagError(f"{flag}: '{text.strip()}' is no colour; write #rrggbb") from None
-    return tuple(rgb_to_lab(rgb.astype(np.uint8))[1:].tolist())
+    return tuple(rgb_to_lab(rgb)[1:].tolist())
 
 
 def read_mean_color(text: str) -> tuple[float, float]:
@@ -188,11 +189,7 @@ def random_field(likeness: np.ndarray, seed: int) -> np.ndarray:
 
 def vary(logits: np.ndarray, bins: np.ndarray, likeness: np.ndarray, places: tuple,
          temperature: float, controls: Controls) -> np.ndarray:
-    """Another plausible colouring: logits (Q, h, w) with whole objects tilted.
-
-    The tilt is lambda . c, lambda a random field measured in each place's own standard
-    deviations. Colours that the network finds unlikely stay so.
-    """
+    """Another plausible colouring: logits (Q, h, w), whole objects tilted at random."""
     shape = logits.shape[1:]
     field = random_field(likeness, controls.variant).T.reshape(2, *places)
     # the spread of ab of the distribution that makes the colour, at each place
@@ -291,10 +288,12 @@ def apply_controls(prediction: np.ndarray, L: np.ndarray, colors: np.ndarray | N
     wanted = mean + controls.strength * (goal - mean)
 
     def move(asked):
-        if colors is None or factor < 0.3:  # sepia: there is too little colour to tilt
-            return shift(decode(prediction, factor), L, asked)
-        moved = tilt(prediction.reshape(len(prediction), -1).T, colors * factor, asked)
-        return decode(moved.T.reshape(prediction.shape).astype(np.float32), factor)
+        values = prediction
+        if colors is not None and factor >= 0.3:  # in sepia there is too little to tilt
+            part = mean + TILTED * (asked - mean)
+            values = tilt(values.reshape(len(values), -1).T, colors * factor, part).T
+            values = values.reshape(prediction.shape).astype(np.float32)
+        return shift(decode(values, factor), L, asked)
     return reach_mean(move, L, wanted), wanted
 
 

@@ -44,7 +44,8 @@ RATIOS = {"color_ratio": ("colorfulness", "true_colorfulness"),
           "patchiness": ("even_change", "even_chroma"),
           "true_patchiness": ("true_even_change", "true_even_chroma")}
 LITTLE = 0.5  # ab units: rounding to 8 bits leaves less in a gray picture
-MEAN_COLOR = "mean ab for each L"  # the baseline's name
+MEAN_COLOR = "mean ab for each L"
+BASELINES = ("gray", MEAN_COLOR)  # their names; the others are checkpoints
 
 
 # ---------------------------------------------------------------------------------- metrics
@@ -170,6 +171,17 @@ def print_table(title: str, summaries: dict) -> None:
             print(f"{heading:<20}" + "".join(map(str.rjust, cells, widths.values())))
 
 
+def print_differences(by_method: dict[str, list]) -> None:
+    """CIEDE2000 of each checkpoint less that of the first, photograph by photograph."""
+    (first, base), *others = by_method.items()
+    for method, scores in others if "ciede2000" in base[0] and len(base) > 1 else ():
+        values = [one["ciede2000"] - two["ciede2000"] for one, two in zip(scores, base)]
+        half = 1.96 * np.std(values, ddof=1) / np.sqrt(len(values))
+        print(f"{printable(method)} less {printable(first)}: CIEDE2000 "
+              f"{np.mean(values):+.2f} +-{half:.2f} (by pairs of results; 0 within: no "
+              "difference seen)")
+
+
 def collect_methods(names: list, device: str, size: int, controls: Controls) -> dict:
     """What makes a picture of a picture, by name: the baselines, then the checkpoints."""
     methods = {"gray": partial(mean_color_baseline, np.zeros((101, 2)))}
@@ -239,7 +251,7 @@ def evaluate(*, image: list[str] | Path = ("data/input/val",), model: str | None
     settings = {"image": list(map(str, places)), "size": size, "saturation": saturation,
                 "scored_short_side": SIDE, "checkpoints": {
                     name: content_hash(Path(name))[:12] for name in methods
-                    if name not in ("gray", MEAN_COLOR)}}
+                    if name not in BASELINES}}
     write_report(Path(out), settings, kinds)
     draw_evaluation(Path(out, "evaluation.png"), next(iter(kinds.values())), methods)
 
@@ -257,6 +269,7 @@ def write_report(out: Path, settings: dict, kinds: dict) -> None:
         summaries = {method: summarize(scores) for method, scores in by_method.items()}
         print_table(f"{len(group)} photographs {kind}, network at {settings['size']} px",
                     summaries)
+        print_differences({m: by_method[m] for m in by_method if m not in BASELINES})
         report[kind] = {"photographs": len(group), "summary": summaries}  # mean, interval
     write_atomically(out / "evaluation.json",
                      lambda name: name.write_text(json.dumps(report, indent=1)))

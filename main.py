@@ -166,6 +166,8 @@ def main(arguments: list[str]) -> int:
             print_help(name)
         else:
             values = parse(rest, read_command(name)[1])
+            if name == "train":  # resuming must tell what was typed from what is a default
+                values["typed"] = tuple(values)
             getattr(importlib.import_module(COMMANDS[name]), name)(**values)
         sys.stdout.flush()
         return 0

@@ -146,7 +146,7 @@ class Training:
         s = self.settings
         # what a checkpoint learnt, its bins too, stays; else README's best of their means
         colors = start.get("colors") or {"bins": color_bins(), "temperature": 0.6,
-                                         "saturation": 1.45}
+                                         "saturation": 1.33}
         # prior and mean are of these photographs, whatever the start was trained on
         histogram, mean_ab = count_colors(self.train_data)
         colors = colors | {"prior": bins_prior(histogram, colors["bins"])}
@@ -238,7 +238,7 @@ class Training:
         self.bad += 1
         for buffer, good in zip(self.model.buffers(), self.ema.module.buffers()):
             buffer.copy_(good)  # batch norm has seen the batch
-        say(f"step {self.step}: the loss is not finite; skipped")
+        say(f"step {self.step}: its gradient is not finite; skipped")
         if self.bad == BAD_STEPS:
             raise ColorizeError(f"the loss was not finite {BAD_STEPS} times in a row; "
                                 f"--init {self.out}/best_model.tar with a lower --lr")
@@ -310,7 +310,7 @@ class Training:
                 self.save("last.tar")
             if stop:
                 all_ranks(0)  # none leaves before the first one has saved
-                say(f"stopped at step {self.step}; go on with --resume auto")
+                say(f"stopped at step {self.step}; go on: --resume {self.out / 'last.tar'}")
                 raise SystemExit(128 + stop)  # as a shell counts signals
         row = {"epoch": epoch + 1, "step": self.step, "seconds": time.monotonic() - began,
                "lr": self.optimizer.param_groups[1]["lr"]}  # of all but the encoder
@@ -338,7 +338,9 @@ class Training:
         """The history's row whose network is best_model.tar; {} while there is none."""
         if self.settings["loss"] == "gan":  # a validation loss would prefer its start
             return self.history[-1]
-        finite = [row for row in self.history if math.isfinite(row["val_loss"])]
+        # a random start does not compete: it is gray, which few steps come up to
+        first = 1 if self.start.startswith("random") else 0
+        finite = [row for row in self.history[first:] if math.isfinite(row["val_loss"])]
         return min(finite, key=lambda row: row["val_loss"], default={})
 
     def save(self, name: str) -> None:
@@ -369,7 +371,6 @@ class Training:
                                 f"with --init {path} and another --out")
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
-        math.fsum(group["peak"] for group in self.optimizer.param_groups)  # for train_step
         self.step, self.start = int(training["step"]), str(training["start"])
         self.history, self.sums = state["history"], Counter(state["sums"])
         # the step lies in, or at the end of, the epoch after the last one of the history
@@ -377,8 +378,6 @@ class Training:
         done = self.step - epochs[-1] * self.steps_per_epoch
         if epochs != list(range(len(epochs))) or not 0 <= done <= self.steps_per_epoch:
             raise ValueError
-        for row in [*self.history, self.sums, self.best()]:
-            math.fsum(row.values())  # raises where one is no number
         if self.step and self.best() and not (self.out / "best_model.tar").exists():
             raise ColorizeError(f"--resume {path}: copy its best_model.tar beside it, too")
 
@@ -387,7 +386,7 @@ class Training:
         s, head = self.settings, self.model.arguments["head"]
         say(f"training the {head} head of {s['encoder']} by {s['loss']}, starting from "
             f"{self.start}: {len(self.train_data)} photographs, {WORLD} x {self.device}"
-            + ", bf16" * self.amp)
+            + ", bf16" * self.amp + f", resumed at step {self.step}" * (self.step > 0))
         words = [f"--{name}" if value is True else f"--{name} {shlex.quote(str(value))}"
                  for name, value in s.items() if value is not None and value is not False]
         launcher = f"torchrun --nproc_per_node={WORLD}" if LAUNCHED else "python"
@@ -403,9 +402,10 @@ class Training:
         text = f"{path}: epoch {best['epoch']}"
         for name in ("val_loss", "color_ratio"):
             text += f", {name} {best[name]:.4g} ({start[name]:.4g} at the start)"
-        if best is start:  # never of a gan, whose loss may rise, too
-            return f"{text}: training did not help; more photographs, or a lower --lr, may"
-        return text + ": training helped" * (best["val_loss"] < start["val_loss"])
+        if best is start:
+            return f"{text}: training did not help; try more epochs, photographs, less --lr"
+        change = 100 * (best["val_loss"] / start["val_loss"] - 1)
+        return f"{text}: val_loss {change:+.1f} % on {len(self.val_data)} photographs"
 
 
 # ------------------------------------------------------------------------------ the command
@@ -441,10 +441,10 @@ def claim(out: Path, resumed: bool):
     return lock
 
 
-def resume_training(path: Path, flags: dict, device: torch.device) -> Training:
+def resume_training(path: Path, flags: dict, device: torch.device, typed=()) -> Training:
     """The training in the last.tar at path, with its settings; flags given must agree."""
-    # a flag that is at its default was not given, as far as one can tell
-    given = {name: x for name, x in flags.items() if x != train.__kwdefaults__[name]}
+    given = {name: x for name, x in flags.items()
+             if name in typed or x != train.__kwdefaults__[name]}
     if "out" in given and Path(given["out"]).resolve() != path.parent.resolve():
         raise FlagError(f"--resume {path} goes on in its own folder: leave out --out")
     try:
@@ -472,7 +472,7 @@ def train(*, data: str = "data/input", out: str = "checkpoints", resume: str | N
           loss: str = "mse", epochs: int = 10, batch_size: int = 16, size: int = 256,
           film: bool = False, lr: float | None = None, encoder_share: float = 0.1,
           seed: int = 0, device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
-          amp: Literal["auto", "bf16", "off"] = "auto") -> None:
+          amp: Literal["auto", "bf16", "off"] = "auto", typed: tuple = ()) -> None:
     """Train a colorizer on a folder of photographs and save OUT/best_model.tar.
 
     Photographs and results:
@@ -498,7 +498,7 @@ def train(*, data: str = "data/input", out: str = "checkpoints", resume: str | N
     amp: bf16 arithmetic; auto: where the hardware has it
     """
     flags = locals() | {"data": str(data), "out": str(out)}  # first: locals are flags only
-    del flags["resume"]
+    del flags["resume"], flags["typed"]
     device, path = choose_device(device), Path(resume or "")
     if resume == "auto" and not (path := Path(out, "last.tar")).exists():
         say(f"nothing to resume in {out}: starting anew")
@@ -507,7 +507,7 @@ def train(*, data: str = "data/input", out: str = "checkpoints", resume: str | N
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                        timeout=timedelta(hours=6))
         atexit.register(distributed.destroy_process_group)
-    training = (resume_training(path, flags, device) if resume else
+    training = (resume_training(path, flags, device, typed) if resume else
                 Training(flags, device))
     if RANK == 0:
         training.describe()

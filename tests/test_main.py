@@ -69,7 +69,8 @@ def test_help_explains_every_flag_and_default_of_the_function_in_80_columns(comm
     """Read from the source, they agree with what Python itself finds in the imported function."""
     assert main.main([command, "--wrong", "--help"]) == 0
     out = capsys.readouterr().out
-    defaults = getattr(__import__(main.COMMANDS[command]), command).__kwdefaults__
+    defaults = dict(getattr(__import__(main.COMMANDS[command]), command).__kwdefaults__)
+    defaults.pop("typed", None)  # what main tells train
     flags = main.read_command(command)[1]
     assert sorted(flags) == sorted(defaults) and max(map(len, out.splitlines())) <= 80
     for name, flag in flags.items():
