@@ -29,7 +29,7 @@ LIKE_L, LIKE_DISTANCE, LIKE_FEATURES = 10.0, 0.4, 0.45
 MAX_HINTS, MAX_PLACES = 200, 4096  # points cost time; a likeness matrix has 64 MB
 # a variant tilts each place's colours by about this share of the standard deviation of its
 # own distribution, not at all where that is under 6 ab units: skin, sky, grass are known
-VARIANT_TILT, VARIANT_CERTAIN, VARIANT_OPEN = 0.7, 6.0, 14.0
+VARIANT_TILT, VARIANT_CERTAIN, VARIANT_OPEN = 0.5, 6.0, 14.0
 VARIANT_ROUNDS = 10   # of the likeness: after these an object has one colour
 # of a mood's way: with more the few things that are uncertain glow, with none all is tinted
 TILTED = 0.3
