@@ -139,7 +139,7 @@ def summarize(rows: list[dict]) -> dict[str, tuple[float, float]]:
         mean = values.mean()
         if true:  # a ratio of means; its interval by linearization (Cochran 1977, 2.11)
             others = np.array([row[true] for row in rows])
-            below = max(others.mean(), LITTLE)
+            below = max(others.mean(), LITTLE)  # what is gray has no ratio
             mean = mean / below
             values = (values - mean * others) / below
         width = 1.96 * values.std(ddof=1) / np.sqrt(len(rows)) if len(rows) > 1 else 0.0
@@ -173,6 +173,7 @@ def print_table(title: str, summaries: dict) -> None:
 
 def print_differences(by_method: dict[str, list]) -> None:
     """CIEDE2000 of each checkpoint less that of the first, photograph by photograph."""
+    # intervals of each alone overlap, as photographs differ more than checkpoints do
     (first, base), *others = by_method.items()
     for method, scores in others if "ciede2000" in base[0] and len(base) > 1 else ():
         values = [one["ciede2000"] - two["ciede2000"] for one, two in zip(scores, base)]
@@ -210,7 +211,7 @@ def score_all(paths: list[Path], methods: dict) -> dict[str, dict]:
         except ColorizeError as error:
             if len(paths) == 1:  # the one that was asked for
                 raise
-            say(f"left out: {error}")
+            say(f"left out: {error}")  # one bad file does not stop the others
             return None
         true = np.asarray(picture) if colored else None
         return path, colored, {name: score(np.asarray(method(picture)), true)
@@ -320,7 +321,7 @@ def draw_preview(path: Path, network, photographs: ColorizeData) -> None:
         L, ab, true = (x[0].permute(1, 2, 0).numpy() for x in (lab[:, :1], ab, lab[:, 1:]))
         tiles += [lab_to_image(L[..., 0], colors) for colors in (0 * ab, ab, true)]
     captions = ["gray", "prediction", "truth"] * (len(tiles) // 3)
-    sheet = picture_sheet(tiles, 6, captions, 160)
+    sheet = picture_sheet(tiles, 6, captions, 160)  # two photographs a row
     write_photo(path, [sheet], Photo(sheet), MADE)
 
 

@@ -168,10 +168,10 @@ def colorize(model: ColorNet | str | Path | None,
     model: or its file; None: the shipped one. image: or its file, or one of ARRAYS, sRGB.
     Returns a Pillow RGB image of the same size, of 16-bit gray a uint16 array (H, W, 3).
     """
-    if not isinstance(model, ColorNet):
+    if not isinstance(model, ColorNet):  # its file, or none
         model = load_checkpoint(model or PRETRAINED)[0]
     if isinstance(image, np.ndarray):
-        kind = (image.dtype.name, image.ndim, *image.shape[2:])
+        kind = (image.dtype.name, image.ndim, *image.shape[2:])  # channels, if it has any
         image = Image.fromarray(image) if kind in ARRAYS else None
     if isinstance(image, (str, Path)):  # the first page of several
         image = read_photo(Path(image)).image
@@ -284,7 +284,7 @@ def color_file(job: Job, pair: tuple[Path, Path]) -> str | ColorizeError:
             deep = tiff and modes == ["I;16"] and job.kind == "color"
             pictures, remarks = zip(*(make_picture(job, photo, deep) for photo in photos))
             lost = write_photo(target, list(pictures), photos[0], job.description)
-    except ColorizeError as error:
+    except ColorizeError as error:  # one bad scan does not stop the others
         return error
     # each remark once, however many pages it is true of
     remarks = [remark for page in remarks for remark in page] + [lost]
@@ -330,7 +330,7 @@ def make_sheet(model: ColorNet, image: Image.Image, size: int) -> Image.Image:
     """Every mood and four variants of one photograph, with their flags below."""
     image = working_copy(image, max(size, 288))  # no larger than its tile
     choices = {"no flag": Controls()} | {f"--mood {name}": MOODS[name] for name in MOODS}
-    if model.arguments["head"] == "bins":
+    if model.arguments["head"] == "bins":  # an ab head has no distribution to vary
         choices |= {f"--variant {n}": Controls(variant=n) for n in (1, 2, 3, 4)}
     prediction = predict(model, image, size)
     tiles = [add_color(model, image, prediction, controls)[0]
@@ -423,7 +423,7 @@ def inference(*, image: list[str] = ("data/input/val",), model: str | None = Non
 
 def run_plan(job: Job, plan: list[tuple[Path, Path]]) -> None:
     """Colour each photograph of a plan, two at a time; a line for each, then the counts."""
-    failed, there = [], 0  # one bad scan does not stop the others
+    failed, there = [], 0  # names; how many were done before
     # two threads: one photograph is read or written while the network works on another
     results = ordered_map(partial(color_file, job), plan, 2, window=3)
     for line, (source, _) in zip(progress(results, len(plan), "photographs"), plan):

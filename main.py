@@ -65,7 +65,7 @@ def read_command(name: str) -> tuple[str, dict[str, Flag]]:
 
 def suggest(word: str, known, prefix: str = "") -> str:
     near = [name for name in SYNONYMS.get(word, ()) if name in known]
-    near += difflib.get_close_matches(word, list(known), n=1)
+    near += difflib.get_close_matches(word, list(known), n=1)  # else what is spelt alike
     return f"; did you mean {prefix}{near[0]}?" if near else ""
 
 
@@ -77,7 +77,7 @@ def convert(name: str, text: str, flag: Flag):
                          + suggest(text, choices))
     wanted = "a whole number" if flag.kind == "int" else "a number"
     if limits := RANGE.search(flag.help):
-        low, high = limits.groups()
+        low, high = limits.groups()  # of (1..) the second is ""
         wanted += f", {low}..{high}" if high else f", {low} or more"
     try:
         value = {"int": int, "float": float, "str": str, "Path": Path}[flag.kind](text)
