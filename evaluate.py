@@ -175,7 +175,9 @@ def print_differences(by_method: dict[str, list]) -> None:
     """CIEDE2000 of each checkpoint less that of the first, photograph by photograph."""
     # intervals of each alone overlap, as photographs differ more than checkpoints do
     (first, base), *others = by_method.items()
-    for method, scores in others if "ciede2000" in base[0] and len(base) > 1 else ():
+    if "ciede2000" not in base[0] or len(base) < 2:  # there is no truth, or no interval
+        return
+    for method, scores in others:
         values = [one["ciede2000"] - two["ciede2000"] for one, two in zip(scores, base)]
         half = 1.96 * np.std(values, ddof=1) / np.sqrt(len(values))
         print(f"{printable(method)} less {printable(first)}: CIEDE2000 "

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import statistics
 from pathlib import Path
 
 import numpy as np
@@ -180,6 +181,16 @@ def test_the_table_has_a_column_a_method_and_a_row_a_score(report, checkpoints):
     written = written["summary"]
     expected = written[str(checkpoints["ab"])]["ciede2000"]
     assert lines[4].endswith("{:.2f} +-{:.2f}".format(*expected))
+
+
+def test_checkpoints_are_compared_photograph_by_photograph(report, checkpoints):
+    rows = [row for row in csv.DictReader(open(report[0] / "scores.csv")) if row["ciede2000"]]
+    first, second = ([float(row["ciede2000"]) for row in rows if row["method"] == str(path)]
+                     for path in (checkpoints["bins"], checkpoints["ab"]))
+    differences = [two - one for one, two in zip(first, second)]
+    mean, half = statistics.mean(differences), 1.96 * statistics.stdev(differences) / 2
+    line = f"{checkpoints['ab']} less {checkpoints['bins']}: CIEDE2000 {mean:+.2f} +-{half:.2f}"
+    assert len(first) == 4 and report[1].count(line) == report[1].count(" less ") == 1
 
 
 def test_one_photograph_has_no_interval(capsys):
