@@ -440,7 +440,7 @@ def starting_point(init: str, encoder: str) -> tuple[str, dict]:
 
 
 def initialize(model: ColorNet, source: str, contents: dict) -> set[str]:
-    """Fill a fresh ColorNet from a starting_point; returns which of its tensors."""
+    """Fill a fresh ColorNet from a starting_point; which tensors, or ColorizeError."""
     taken = take_weights(model, contents.get("weights", {}), f"--init {source}")
     if contents and not taken:
         raise ColorizeError(f"--init {source}: none of its tensors fits a ColorNet with "

@@ -178,11 +178,10 @@ def print_differences(by_method: dict[str, list]) -> None:
     if "ciede2000" not in base[0] or len(base) < 2:  # there is no truth, or no interval
         return
     for method, scores in others:
-        values = [one["ciede2000"] - two["ciede2000"] for one, two in zip(scores, base)]
-        half = 1.96 * np.std(values, ddof=1) / np.sqrt(len(values))
-        print(f"{printable(method)} less {printable(first)}: CIEDE2000 "
-              f"{np.mean(values):+.2f} +-{half:.2f} (by pairs of results; 0 within: no "
-              "difference seen)")
+        mean, half = summarize([{"ciede2000": one["ciede2000"] - two["ciede2000"]}
+                                for one, two in zip(scores, base)])["ciede2000"]
+        print(f"{printable(method)} less {printable(first)}: CIEDE2000 {mean:+.2f} "
+              f"+-{half:.2f} (by pairs of results; 0 within: no difference seen)")
 
 
 def collect_methods(names: list, device: str, size: int, controls: Controls) -> dict:

@@ -231,9 +231,10 @@ def photos_in(path: Path, max_megapixels: float = MAX_MEGAPIXELS, first: bool = 
         with opened(path) as image:
             one = first or image.format != "TIFF"  # a PSD's pages are parts of one picture
             pages = [image] if one else ImageSequence.Iterator(image)
-            # bit 0 says a smaller copy of another page: a thumbnail, or of a pyramid
+            # bit 0 says a smaller copy of another page (a thumbnail); of too many all count
             sizes = {n: page.size for n, page in enumerate(islice(pages, MAX_PAGES + 1))
-                     if not n or not page.tag_v2.get(TAG.NewSubfileType, 0) & 1}
+                     if n in (0, MAX_PAGES)
+                     or not page.tag_v2.get(TAG.NewSubfileType, 0) & 1}
             pixels = sum(width * height for width, height in sizes.values())
             if pixels > max_megapixels * 1e6:  # before memory is taken
                 raise ColorizeError(f"over {max_megapixels:g} megapixels, pages together; "
@@ -265,8 +266,7 @@ def read_photo(path: Path) -> Photo:
 def decode_photo(image: Image.Image, free: bool = False) -> Photo:
     """An opened image, or one in memory, as Photo; free: its own pixels may go."""
     tags = getattr(image, "tag_v2", {})  # of a TIFF
-    # asked of the file's layout, which is gone once the pixels are loaded
-    layout = str(getattr(image, "tile", [])[:1])
+    layout = str(getattr(image, "tile", [])[:1])  # of the file; gone once it is loaded
     deep = ";16" in layout.replace("BGR;16", "") or "65535" in layout
     if "args=('R'," in layout and max(tags[TAG.BitsPerSample]) > 8:  # read as twice 8
         raise ColorizeError("its 16-bit colours lie in planes; export it interleaved")

@@ -404,8 +404,8 @@ class Training:
             text += f", {name} {best[name]:.4g} ({start[name]:.4g} at the start)"
         if best is start:
             return f"{text}: training did not help; try more epochs, photographs, less --lr"
-        change = 100 * (best["val_loss"] / start["val_loss"] - 1)
-        return f"{text}: val_loss {change:+.1f} % on {len(self.val_data)} photographs"
+        change = (best["val_loss"] - start["val_loss"]) / (abs(start["val_loss"]) or 1)
+        return f"{text}: val_loss {change:+.1%} on {len(self.val_data)} photographs"
 
 
 # ------------------------------------------------------------------------------ the command

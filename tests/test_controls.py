@@ -415,6 +415,19 @@ def test_alike_places_agree_and_unlike_ones_do_not():
     assert coarse(agreed) < 0.6 * coarse(values)
 
 
+def test_a_mood_tints_what_is_certain_less_than_what_is_not():
+    """0.3 of the way is made by the uncertain half alone, 0.7 by both: 0.7 and 1.3 of it."""
+    bins = np.array([(a, b) for a in (-20, 0, 20) for b in (-20, 0, 20)], np.float32)
+    probability = np.full((9, 16, 32), 1 / 9, np.float32)
+    probability[:, :, :16] = (np.arange(9) == 4)[:, None, None]  # gray for certain
+    L = np.full((64, 128), 50, np.float32)
+    ab, wanted = controls.apply_controls(probability, L, bins, Controls(shift=(4, 8)))
+    certain, open_ = ab[:, :48].mean(axis=(0, 1)), ab[:, 80:].mean(axis=(0, 1))
+    assert wanted == pytest.approx([4, 8])
+    assert certain == pytest.approx([2.8, 5.6], rel=0.05)
+    assert open_ == pytest.approx([5.2, 10.4], rel=0.05)
+
+
 @pytest.mark.parametrize("content", ["", "\n \n", ";;\n"])
 def test_a_text_file_without_a_hint_is_an_error(tmp_path, content):
     (tmp_path / "hints.txt").write_text(content)

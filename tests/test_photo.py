@@ -806,6 +806,16 @@ def test_thumbnails_and_pyramids_of_a_tiff_are_no_pages(tmp_path):
         assert np.array_equal(photos[0].image, values)
 
 
+def test_a_thumbnail_beyond_the_most_pages_does_not_hide_those_after_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(photo_module, "MAX_PAGES", 2)
+    page = np.zeros((20, 30), np.uint8)
+    with tifffile.TiffWriter(tmp_path / "x.tif") as file:
+        for kind in (0, 0, 1, 0):
+            file.write(page, subfiletype=kind)
+    with pytest.raises(ColorizeError, match="over 2 pages"), photos_in(tmp_path / "x.tif"):
+        pass
+
+
 def test_a_16_bit_tiff_has_no_resolution_that_the_photograph_had_not(tmp_path):
     Image.new("I;16", (20, 10), 9000).save(tmp_path / "x.png")
     write_photo(tmp_path / "y.tif", [np.zeros((10, 20, 3), np.uint16)],

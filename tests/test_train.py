@@ -476,7 +476,7 @@ def test_it_is_said_how_much_training_helped(photos, tmp_path, monkeypatch, caps
     run(photos, tmp_path)
     out = capsys.readouterr().out
     assert "epoch 2, val_loss 44 (50 at the start)" in out and "did not help" not in out
-    assert "val_loss -12.0 % on 4 photographs" in out
+    assert "val_loss -12.0% on 4 photographs" in out
 
 
 def test_values_that_are_not_finite_are_never_announced(photos, tmp_path, monkeypatch,
