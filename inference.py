@@ -260,14 +260,14 @@ def color_file(job: Job, pair: tuple[Path, Path]) -> str | ColorizeError:
         tiff = check_target(target) == "TIFF"  # first: of a long name nothing can be asked
         if target.exists() and source.exists() and target.samefile(source):
             raise ColorizeError(f"{target}: is the photograph itself; name another place")
-        there = made_with(target) if target.is_file() else ""
-        # a photograph may have been scanned again under its old name
-        if there == job.description and not job.overwrite and \
-                (not source.exists() or source.stat().st_mtime <= target.stat().st_mtime):
+        # by its content: two boxes of scans have photographs of the same names
+        mine = f", photograph {content_hash(source)[:12]}" if source.is_file() else ""
+        made, there = job.description + mine, made_with(target) if target.is_file() else ""
+        if there == made and not job.overwrite:
             return ""
-        if target.is_file() and not there and not job.overwrite:
-            raise ColorizeError(f"{target}: is there and was not made by this program; "
-                                "name another --output, or give --overwrite")
+        if target.is_file() and not there.endswith(mine) and not job.overwrite:
+            raise ColorizeError(f"{target}: was not made by this program of this photograph"
+                                " as it is; name another --output, or give --overwrite")
         # the block keeps room for its pixels until they are written
         with photos_in(source, job.max_megapixels) as photos:
             modes = [photo.image.mode for photo in photos]
@@ -283,12 +283,12 @@ def color_file(job: Job, pair: tuple[Path, Path]) -> str | ColorizeError:
                 check_target(target, max(across, height))
             deep = tiff and modes == ["I;16"] and job.kind == "color"
             pictures, remarks = zip(*(make_picture(job, photo, deep) for photo in photos))
-            lost = write_photo(target, list(pictures), photos[0], job.description)
+            lost = write_photo(target, list(pictures), photos[0], made)
     except ColorizeError as error:  # one bad scan does not stop the others
         return error
     # each remark once, however many pages it is true of
     remarks = [remark for page in remarks for remark in page] + [lost]
-    if there not in ("", job.description):
+    if there != made and there.endswith(mine):
         remarks.append("in place of one made with other settings")
     line = f"{source} -> {target} ({width}x{height}, {time.monotonic() - start:.1f} s)"
     return "; ".join([line] + [remark for remark in dict.fromkeys(remarks) if remark])

@@ -260,6 +260,28 @@ def test_what_was_made_with_other_settings_is_made_again_and_said(run, tmp_path,
     assert (tmp_path / "a_color.png").read_bytes() == plain
 
 
+def test_a_result_of_another_photograph_of_that_name_is_neither_taken_nor_replaced(
+        run, tmp_path, capsys):
+    """Two boxes of scans are both numbered from one; old files, copied after the first run."""
+    for i, box in enumerate(("one", "two")):
+        (tmp_path / box).mkdir()
+        for name in ("1.png", "2.png"):
+            gray_photo(i).save(tmp_path / box / name)
+            os.utime(tmp_path / box / name, (9, 9))
+    run(tmp_path / "one", tmp_path / "out")
+    before = (tmp_path / "out" / "1_color.png").read_bytes()
+    for flags in ({}, {"mood": "warm"}):
+        with pytest.raises(ColorizeError, match="2 of 2"):
+            run(tmp_path / "two", tmp_path / "out", **flags)
+        assert capsys.readouterr().err.count("not made by this program of this photograph") == 2
+    assert (tmp_path / "out" / "1_color.png").read_bytes() == before
+    run(tmp_path / "two", tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "1_color.png").read_bytes() != before
+    (tmp_path / "two").rename(tmp_path / "three")  # and what has moved is still the same one
+    run(tmp_path / "three", tmp_path / "out")
+    assert "0 done, 2 already there" in capsys.readouterr().out
+
+
 def test_a_negative_is_turned(run, tmp_path):
     for name, picture in (("a.png", gray_photo(1)), ("b.tif", gray_16())):
         picture.save(tmp_path / name)
