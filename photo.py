@@ -268,12 +268,13 @@ def decode_photo(image: Image.Image, free: bool = False) -> Photo:
     tags = getattr(image, "tag_v2", {})  # of a TIFF
     layout = str(getattr(image, "tile", [])[:1])  # of the file; gone once it is loaded
     deep = ";16" in layout.replace("BGR;16", "") or "65535" in layout
-    if "args=('R'," in layout and max(tags[TAG.BitsPerSample]) > 8:  # read as twice 8
+    planes = any(f"args=('{band}'," in layout for band in "RC")  # of RGB or CMYK
+    if planes and max(tags[TAG.BitsPerSample]) > 8:  # read as twice 8
         raise ColorizeError("its 16-bit colours lie in planes; export it interleaved")
     # GIF, WebP, PNG, AVIF; the others have pages, or layers that are one picture
     animated = image.format in ("GIF", "WEBP", "PNG", "AVIF") and image.is_animated
     image.load()
-    dpi, profile = image.info.get("dpi"), image.info.get("icc_profile")
+    dpi, profile, alpha = image.info.get("dpi"), image.info.get("icc_profile"), None
     source, (image, exif) = image, upright(image)
     if free:
         source.im = None  # or there were 13 bytes for each pixel
@@ -281,7 +282,6 @@ def decode_photo(image: Image.Image, free: bool = False) -> Photo:
     dim = image.mode[0] == "I" and 0 < np.asarray(image).max() < 4096
     if image.mode.startswith("I;16") and tags.get(TAG.PhotometricInterpretation) == 0:
         image = Image.fromarray(~np.asarray(image))  # zero is white; Pillow turns 8 bits
-    alpha = None
     if image.mode[0] not in "IF" and image.has_transparency_data:
         image = image.convert("LA" if image.mode in ("1", "L", "LA", "La") else "RGBA")
         image, alpha = image.convert(image.mode[:-1]), image.getchannel("A")

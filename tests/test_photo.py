@@ -135,10 +135,11 @@ def test_16_bits_of_gray_are_kept_and_of_colour_noted(tmp_path, values, expected
 
 @pytest.mark.parametrize("values", [
     (RAMP * 100).astype(np.int32), RAMP.astype(np.int16), RAMP.astype(np.float32),
-    noise(np.uint16, 3, 40, 50)])  # these planes Pillow would read as noise
+    noise(np.uint16, 3, 40, 50), noise(np.uint16, 4, 40, 50)])  # planes: noise to Pillow
 def test_pixels_whose_meaning_nobody_knows_are_refused(tmp_path, values):
-    tifffile.imwrite(tmp_path / "x.tif", values, planarconfig="separate" if values.ndim == 3
-                     else None, photometric="rgb" if values.ndim == 3 else "minisblack")
+    options = {"photometric": {3: "rgb", 4: "separated"}[len(values)],
+               "planarconfig": "separate"} if values.ndim == 3 else {}
+    tifffile.imwrite(tmp_path / "x.tif", values, **options)
     with pytest.raises(ColorizeError, match="x.tif: .*export it"):
         read_photo(tmp_path / "x.tif")
 
