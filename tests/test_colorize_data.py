@@ -304,6 +304,14 @@ def test_of_few_photographs_one_is_for_validation_and_it_can_be_used(tmp_path, s
         assert len(hashes["train"]) == 3 and hashes["val"] == [min(sum(hashes.values(), []))]
 
 
+def test_one_photograph_and_its_copies_are_for_training(tmp_path):
+    (tmp_path / "train").mkdir()
+    for i in range(3):
+        made_photo(1, 64, 64).save(tmp_path / "train" / f"{i}.png")
+    used = {split: len(m["photographs"]) for split, m in prepare(tmp_path).items()}
+    assert used == {"train": 3, "val": 0}
+
+
 def test_a_photograph_gone_after_it_was_listed_is_left_out(data, monkeypatch):
     find, gone = colorize_data.find_photos, data / "train" / "round" / "1.png"
     monkeypatch.setattr(colorize_data, "find_photos",
