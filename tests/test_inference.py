@@ -452,6 +452,15 @@ def test_a_folder_keeps_its_structure_and_a_second_run_does_what_is_missing(run,
     assert (out / made[1]).stat().st_mtime_ns != stamp
 
 
+def test_results_whose_names_differ_by_case_alone_do_not_meet_where_that_is_no_difference(
+        run, tmp_path):
+    """As on the disks of Windows and of Macs: the second was taken for done."""
+    for name in ("IMG_1.JPG", "img_1.png", "b.png"):
+        gray_photo().save(tmp_path / name, "PNG")
+    run(tmp_path, tmp_path / "out")
+    assert files(tmp_path / "out") == ["IMG_1.JPG_color.png", "b_color.png", "img_1.png_color.png"]
+
+
 def test_a_photograph_in_a_folder_gets_the_bytes_that_it_gets_alone(run, tmp_path):
     for i, size in enumerate([(96, 80), (96, 80), (50, 200), (33, 35)]):
         gray_photo(i, *size).save(tmp_path / f"{i}.png")
