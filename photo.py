@@ -174,8 +174,7 @@ def into_gamut(L: np.ndarray, ab: np.ndarray) -> np.ndarray:
     outside = ~in_gamut(L, ab)
     L_out, ab_out = L[outside], ab[outside]  # few: the others cost nothing more
     share = np.zeros_like(L_out)
-    # bisection; 2^-12 of a chroma of 110 is 0.03 units
-    for bit in np.float32(0.5) ** np.arange(1, 13):
+    for bit in np.float32(0.5) ** np.arange(1, 13):  # bisection, to 0.03 of a chroma of 110
         share += bit * in_gamut(L_out, ab_out * (share + bit)[:, None])
     result = ab.copy()
     result[outside] = ab_out * share[:, None]
@@ -278,6 +277,8 @@ def decode_photo(image: Image.Image, free: bool = False) -> Photo:
     source, (image, exif) = image, upright(image)
     if free:
         source.im = None  # or there were 13 bytes for each pixel
+    if "I;12" in layout:  # packed: then 4095 is white
+        image = Image.fromarray(np.asarray(image) * 16 + np.asarray(image) // 256)
     # 12 bits in 16: asked before white may become black
     dim = image.mode[0] == "I" and 0 < np.asarray(image).max() < 4096
     if image.mode.startswith("I;16") and tags.get(TAG.PhotometricInterpretation) == 0:
@@ -423,10 +424,9 @@ def write_photo(path: Path, pages: list, photo: Photo, description: str = "") ->
 
 def working_copy(image: Image.Image, size: int, enlarge: float = 1.0) -> Image.Image:
     """The photograph at a short side of `size`, the long one at most 4 times that."""
-    # sides become multiples of 4, as the bins head likes
     scale = min(enlarge, size / min(image.size), 4 * size / max(image.size))
     sides = [max(round(side * scale), 1) for side in image.size]
-    if scale != 1:
+    if scale != 1:  # to multiples of 4, as the bins head likes
         sides = [round(side / 4) * 4 if side >= 32 else side for side in sides]
     if image.mode == "I;16":  # 8 bits will do for the network
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

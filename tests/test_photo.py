@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -698,6 +699,22 @@ def test_12_bit_values_in_16_bits_come_as_they_are_and_it_is_said_that_they_are_
     Image.fromarray(values).save(tmp_path / name)
     photo = read_photo(tmp_path / name)
     assert np.array_equal(photo.image, values) and ("4095" in photo.note) == said
+
+
+@pytest.mark.parametrize("packing", [1, 8])
+def test_a_tiff_that_packs_12_bits_says_what_is_white(tmp_path, packing):
+    values = np.linspace(0, 4095, 2000).astype(np.uint16)
+    pairs = (values[::2].astype(int) << 12 | values[1::2]).astype(">u4").view(np.uint8)
+    data = pairs.reshape(-1, 4)[:, 1:].tobytes()  # two in three bytes
+    data = data if packing == 1 else zlib.compress(data)
+    tags = {256: 50, 257: 40, 258: 12, 259: packing, 262: 1, 273: 8, 277: 1, 278: 40,
+            279: len(data)}
+    content = b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags))
+    content += b"".join(struct.pack("<HHII", tag, 4, 1, n) for tag, n in tags.items()) + bytes(4)
+    (tmp_path / "x.tif").write_bytes(content)
+    photo = read_photo(tmp_path / "x.tif")
+    assert photo.image.mode == "I;16" and photo.note == ""
+    assert difference(photo.image, values.reshape(40, 50) / 4095 * 65535) <= 1
 
 
 def test_12_bit_values_where_zero_is_white_are_said_too(tmp_path):
