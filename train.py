@@ -436,8 +436,8 @@ def claim(out: Path, resumed: bool):
         raise ColorizeError(f"--out {out}: another training writes there, or it cannot be "
                             f"written ({error.strerror}); name another folder") from None
     if not resumed and ((out / "last.tar").exists() or (out / "best_model.tar").exists()):
-        raise ColorizeError(f"--out {out}: holds a training: go on by --resume auto, or "
-                            "begin in another --out")
+        way = "go on by --resume auto, or " * (out / "last.tar").exists()
+        raise ColorizeError(f"--out {out}: holds a training: {way}begin in another --out")
     return lock
 
 
