@@ -33,7 +33,6 @@ from photo import (FORMATS, MADE, MIN_CHROMA, TERMINAL, ColorizeError, Photo, la
 
 # a test set's photographs are as good for choosing the best epoch as any others
 SPLITS = {"train": "train"} | dict.fromkeys(["val", "valid", "validation", "test"], "val")
-
 VAL_SHARE = 0.1     # of train, for validation, where there is no val
 ARRAY_FORMAT = 3    # of DATA/processed; a change rebuilds the arrays
 SIDE = 256          # stored photographs are SIDE x SIDE: 43,000 of them are 8.5 GB
@@ -244,6 +243,8 @@ def lab_square(path: Path) -> tuple[np.ndarray | None, str]:
                 return None, f"under {MIN_SIDE} pixels"
             if image.mode != "RGB":
                 return None, "without colour"
+            if made_with(path):  # its colours are no truth
+                return None, "made by this program"
             square = ImageOps.fit(image, (SIDE, SIDE), Image.Resampling.LANCZOS)
     except ColorizeError:  # also where it is gone since it was listed
         return None, "unreadable"

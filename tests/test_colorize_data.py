@@ -312,6 +312,15 @@ def test_one_photograph_and_its_copies_are_for_training(tmp_path):
     assert used == {"train": 3, "val": 0}
 
 
+def test_results_of_this_program_among_the_photographs_teach_nothing(data):
+    """As after colouring a folder of the training set into itself."""
+    image = Image.open(data / "train" / "round" / "1.png")
+    write_photo(data / "train" / "round" / "1_color.png", [image], Photo(image), MADE)
+    train = prepare(data)["train"]
+    assert train["left_out"] == {"made by this program": ["train/round/1_color.png"]}
+    assert len(train["photographs"]) == 8
+
+
 def test_a_photograph_gone_after_it_was_listed_is_left_out(data, monkeypatch):
     find, gone = colorize_data.find_photos, data / "train" / "round" / "1.png"
     monkeypatch.setattr(colorize_data, "find_photos",
