@@ -461,6 +461,18 @@ def test_results_whose_names_differ_by_case_alone_do_not_meet_where_that_is_no_d
     assert files(tmp_path / "out") == ["IMG_1.JPG_color.png", "b_color.png", "img_1.png_color.png"]
 
 
+def test_a_photograph_that_has_the_name_of_anothers_result_is_not_replaced_by_it(run, tmp_path):
+    """As one that another program has coloured; --overwrite asks for results to be made again."""
+    for i, name in enumerate(("a.png", "a_color.png")):
+        made_photo(i).save(tmp_path / name)
+    before = (tmp_path / "a_color.png").read_bytes()
+    for _ in range(2):
+        run(tmp_path, tmp_path, overwrite=True)
+        assert (tmp_path / "a_color.png").read_bytes() == before
+        assert files(tmp_path) == ["a.png", "a.png_color.png", "a_color.png",
+                                   "a_color_color.png"]
+
+
 def test_a_photograph_in_a_folder_gets_the_bytes_that_it_gets_alone(run, tmp_path):
     for i, size in enumerate([(96, 80), (96, 80), (50, 200), (33, 35)]):
         gray_photo(i, *size).save(tmp_path / f"{i}.png")
