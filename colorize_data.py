@@ -187,6 +187,8 @@ def prepare(data: Path, workers: int | None = None) -> dict:
     manifest_path, known = data / "processed" / "manifests.json.gz", {}  # has a checksum
     with contextlib.suppress(OSError, EOFError, ValueError, TypeError, zlib.error):
         known = dict(json.loads(gzip.decompress(manifest_path.read_bytes())))
+    if os.path.exists(data / "processed" / "train.npy") and not manifest_path.exists():
+        raise ColorizeError(f"{data}/processed/train.npy: is not of this program; move it")
     made_of = [ARRAY_FORMAT, SIDE, seen]  # which the arrays must be
     if known.get("made_of") != made_of or not is_whole(
             manifest_path.parent, known.get("manifests"), workers):
@@ -368,11 +370,9 @@ class ColorizeData(torch.utils.data.Dataset):
         top, left = int(y * (SIDE - height + 1)), int(x * (SIDE - width + 1))
         lab = transforms.resized_crop(lab, top, left, height, width, [self.size, self.size],
                                       antialias=True)
-        if flip < 0.5:
-            lab = lab.flip(-1)
-        if self.film and random.uniform() < 0.5:  # the others stay as good as new
-            return old_photograph(lab, random)
-        return lab
+        lab = lab.flip(-1) if flip < 0.5 else lab
+        old = self.film and random.uniform() < 0.5  # the others stay as good as new
+        return old_photograph(lab, random) if old else lab
 
 
 def old_photograph(lab: torch.Tensor, random: np.random.Generator) -> torch.Tensor:

@@ -312,6 +312,15 @@ def test_one_photograph_and_its_copies_are_for_training(tmp_path):
     assert used == {"train": 3, "val": 0}
 
 
+def test_arrays_of_another_program_are_not_replaced(data):
+    path = data / "processed" / "train.npy"
+    path.parent.mkdir()
+    np.save(path, [1, 2, 3])
+    with pytest.raises(ColorizeError, match="train.npy: is not of this program; move it"):
+        prepare(data)
+    assert np.load(path).tolist() == [1, 2, 3]
+
+
 def test_results_of_this_program_among_the_photographs_teach_nothing(data):
     """As after colouring a folder of the training set into itself."""
     image = Image.open(data / "train" / "round" / "1.png")
