@@ -47,6 +47,7 @@ KEPT_TAGS = {TAG.DocumentName, TAG.ImageDescription, TAG.Make, TAG.Model, TAG.Da
 SUBDIRECTORIES = ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo  # exposure, and where it was
 UNTRUE_TAGS = {TAG.ExifImageWidth, TAG.ExifImageHeight,  # sides before it was turned
                TAG.MakerNote, TAG.ColorSpace, ExifTags.IFD.Interop}  # too long; not sRGB's
+TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))  # by orientation
 HOST = platform.node()[:20]  # processes have numbers of their own on each machine
 TERMINAL = threading.Lock()  # lines and bars of all threads go out whole
 ASKING, MEGAPIXELS = threading.Lock(), threading.Semaphore(MAX_MEGAPIXELS)  # for photos_in
@@ -298,7 +299,8 @@ def upright(image: Image.Image) -> tuple[Image.Image, bytes]:
     """A copy turned as its EXIF says, and of that what stays true of a coloured copy."""
     try:
         own, exif = image.getexif(), Image.Exif()  # what is in memory keeps its own
-        image = ImageOps.exif_transpose(image)
+        turn = TURNS.get(own.get(TAG.Orientation))  # Pillow's own fails at other bad tags
+        image = image.copy() if turn is None else image.transpose(turn)
         exif.update({tag: own[tag] for tag in KEPT_TAGS & set(own)})
         for part in SUBDIRECTORIES:
             if inside := {tag: value for tag, value in own.get_ifd(part).items()
@@ -370,8 +372,7 @@ def check_target(path: Path, side: int = 0) -> str:
     if side > MAX_SIDES.get(kind, side):
         raise ColorizeError(f"{path}: {kind} holds {MAX_SIDES[kind]} pixels a side, not "
                             f"{side}; name a .png or .tif, or --format png (or tif)")
-    # the nearest that exists; the folders below it will be made
-    folder = next(p for p in path.absolute().parents if os.path.exists(p))
+    folder = next(p for p in path.absolute().parents if os.path.exists(p))  # the nearest
     if os.path.isdir(path) or len(os.fsencode(path.name)) > 255 or \
             not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise ColorizeError(f"{path}: cannot be written (it is a folder, its name has over "
@@ -412,8 +413,7 @@ def write_photo(path: Path, pages: list, photo: Photo, description: str = "") ->
         if isinstance(first, Image.Image):
             return first.save(temporary, kind, exif=exif, **options)
         import tifffile  # Pillow writes no 16-bit colour; here: seldom needed, slow to load
-        # (tag, type 2 for text, count, value, once)
-        texts = [(tag, 2, None, value, True)
+        texts = [(tag, 2, None, value, True)  # 2 is text, None its own count
                  for tag, value in exif.items() if isinstance(value, bytes)]
         tifffile.imwrite(temporary, first, photometric="rgb", metadata=None, software=False,
                          resolution=dpi, resolutionunit="inch" if dpi else None,

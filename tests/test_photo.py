@@ -184,6 +184,20 @@ def test_tiffs_of_scanners_are_turned_upright_whatever_their_packing(
         assert difference(photo.image, expected) == 0
 
 
+@pytest.mark.parametrize("tag, kind", [
+    (TAG.ResolutionUnit, 1), (700, 2), (TAG.XResolution, 7), (ExifTags.IFD.GPSInfo, 1)])
+def test_a_malformed_tag_does_not_keep_a_photograph_lying_on_its_side(tmp_path, tag, kind):
+    """Bytes, text, anything where numbers belong; a block of EXIF made by hand."""
+    fields = struct.pack("<HHIHH", TAG.Orientation, 3, 1, 6, 0), struct.pack("<HHI4s", tag, kind, 4, b"abc")
+    if tag == ExifTags.IFD.GPSInfo:  # in it a latitude of bytes
+        fields = (fields[0], struct.pack("<HHII", tag, 4, 1, 38),
+                  struct.pack("<IHHHI4sI", 0, 1, 2, 1, 4, b"abc", 0))
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + b"".join(fields) + bytes(4)
+    smooth().save(tmp_path / "x.png", exif=exif)
+    photo = read_photo(tmp_path / "x.png")
+    assert difference(photo.image, smooth().transpose(Image.Transpose.ROTATE_270)) == 0
+
+
 def gamma_profile(gamma: float, space: bytes) -> bytes:
     """The ICC profile of sRGB with one gamma for its curve; of GRAY, or RGB."""
     curve, start = b"para" + bytes(8) + struct.pack(">i", round(gamma * 65536)), SRGB.index(b"para")
