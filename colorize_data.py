@@ -282,7 +282,7 @@ def build_arrays(data: Path, names: list, workers: int) -> dict:
         used = [[digest for _, digest, _ in manifest["photographs"]]
                 for manifest in manifests.values()]
         if not all(used):  # of few the share may be none, or all
-            manifests = write({*sorted({*sum(used, [])})[:-1][:1]})  # of one none
+            manifests = write(set(sorted(set(sum(used, [])))[:-1][:1]))  # of one none
     key = [ARRAY_FORMAT, SIDE, share, [*hashes.items()]]
     fingerprint = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     return {split: manifest | {"fingerprint": fingerprint}
