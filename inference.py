@@ -266,8 +266,8 @@ def color_file(job: Job, pair: tuple[Path, Path]) -> str | ColorizeError:
         if there == made and not job.overwrite:
             return ""
         if target.is_file() and not there.endswith(mine) and not job.overwrite:
-            raise ColorizeError(f"{target}: was not made by this program of this photograph"
-                                " as it is; name another --output, or give --overwrite")
+            raise ColorizeError(f"{target}: is there, and no result of {source} as that is "
+                                "now; name another --output, or give --overwrite")
         # the block keeps room for its pixels until they are written
         with photos_in(source, job.max_megapixels) as photos:
             modes = [photo.image.mode for photo in photos]
@@ -370,7 +370,7 @@ def inference(*, image: list[str] = ("data/input/val",), model: str | None = Non
     image: photographs or folders
     model: checkpoint; else checkpoints/best_model.tar, else the shipped one
     output: folder for NAME_color.png, or a file (its extension is the format)
-    overwrite: replace files that this program did not make, too
+    overwrite: replace what is not a result of the same photograph, too
     format: of the results; else tif for a tif, png for all others
     suffix: the results' ending, in place of color
     size: short side at which the network works (32..2048)

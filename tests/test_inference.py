@@ -238,7 +238,7 @@ def test_a_file_that_is_not_ours_is_overwritten_only_when_asked(run, tmp_path):
     gray_photo(1).save(tmp_path / "a.png")
     made_photo(1).save(tmp_path / "a_color.png")
     before = (tmp_path / "a_color.png").read_bytes()
-    with pytest.raises(ColorizeError, match="not made by this program.*--overwrite"):
+    with pytest.raises(ColorizeError, match="no result of .*--overwrite"):
         run(tmp_path / "a.png", tmp_path)
     assert (tmp_path / "a_color.png").read_bytes() == before
     run(tmp_path / "a.png", tmp_path, overwrite=True)
@@ -273,7 +273,7 @@ def test_a_result_of_another_photograph_of_that_name_is_neither_taken_nor_replac
     for flags in ({}, {"mood": "warm"}):
         with pytest.raises(ColorizeError, match="2 of 2"):
             run(tmp_path / "two", tmp_path / "out", **flags)
-        assert capsys.readouterr().err.count("not made by this program of this photograph") == 2
+        assert capsys.readouterr().err.count("is there, and no result of") == 2
     assert (tmp_path / "out" / "1_color.png").read_bytes() == before
     run(tmp_path / "two", tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "1_color.png").read_bytes() != before
@@ -522,7 +522,7 @@ def test_thirty_mixed_files_end_with_the_right_counts(run, tmp_path, capsys):
     written = capsys.readouterr()
     assert "21 done, 0 already there with these settings, 7 failed" in written.out
     assert written.err.count("error: ") == 7 and len(files(out)) == 24
-    assert written.err.count("not made by this program") == 3 and "255 bytes" in written.err
+    assert written.err.count("is there, and no result of") == 3 and "255 bytes" in written.err
 
 
 def test_an_empty_folder_and_one_file_for_many_are_one_line(photos, run, tmp_path):
