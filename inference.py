@@ -241,8 +241,8 @@ def plan_outputs(images: list[str], output: Path, ending: str,
             raise ColorizeError(f"--output {output}: is one file for {len(plan)} "
                                 "photographs; name a folder, or make that one")
         return [(source, output) for source in plan]
-    # a.jpg and A.png keep their endings; that may meet a.jpg.png, which then keeps its own,
-    for _ in range(3):  # or a photograph, a_color.png; on many disks A.png is a.png
+    # what is alike but for case, or named as a photograph is, keeps its ending, too
+    for _ in range(3):  # a.jpg and A.png; these may then meet another's a.jpg_color.png
         taken = Counter(str(p.absolute()).casefold() for p in [*plan, *plan.values()])
         plan = {path: target if taken[str(target.absolute()).casefold()] == 1 else
                 target.with_stem(f"{path.name}_{ending}") for path, target in plan.items()}

@@ -47,7 +47,8 @@ KEPT_TAGS = {TAG.DocumentName, TAG.ImageDescription, TAG.Make, TAG.Model, TAG.Da
 SUBDIRECTORIES = ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo  # exposure, and where it was
 UNTRUE_TAGS = {TAG.ExifImageWidth, TAG.ExifImageHeight,  # sides before it was turned
                TAG.MakerNote, TAG.ColorSpace, ExifTags.IFD.Interop}  # too long; not sRGB's
-TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))  # by orientation
+TURNS = dict(enumerate("FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 "
+                       "TRANSVERSE ROTATE_90".split(), 2))  # by EXIF's orientation
 HOST = platform.node()[:20]  # processes have numbers of their own on each machine
 TERMINAL = threading.Lock()  # lines and bars of all threads go out whole
 ASKING, MEGAPIXELS = threading.Lock(), threading.Semaphore(MAX_MEGAPIXELS)  # for photos_in
@@ -233,8 +234,7 @@ def photos_in(path: Path, max_megapixels: float = MAX_MEGAPIXELS, first: bool = 
             pages = [image] if one else ImageSequence.Iterator(image)
             # bit 0 says a smaller copy of another page (a thumbnail); of too many all count
             sizes = {n: page.size for n, page in enumerate(islice(pages, MAX_PAGES + 1))
-                     if n in (0, MAX_PAGES)
-                     or not page.tag_v2.get(TAG.NewSubfileType, 0) & 1}
+                     if not n % MAX_PAGES or not page.tag_v2.get(TAG.NewSubfileType, 0) & 1}
             pixels = sum(width * height for width, height in sizes.values())
             if pixels > max_megapixels * 1e6:  # before memory is taken
                 raise ColorizeError(f"over {max_megapixels:g} megapixels, pages together; "
@@ -300,7 +300,7 @@ def upright(image: Image.Image) -> tuple[Image.Image, bytes]:
     try:
         own, exif = image.getexif(), Image.Exif()  # what is in memory keeps its own
         turn = TURNS.get(own.get(TAG.Orientation))  # Pillow's own fails at other bad tags
-        image = image.copy() if turn is None else image.transpose(turn)
+        image = image.transpose(Image.Transpose[turn]) if turn else image.copy()
         exif.update({tag: own[tag] for tag in KEPT_TAGS & set(own)})
         for part in SUBDIRECTORIES:
             if inside := {tag: value for tag, value in own.get_ifd(part).items()
